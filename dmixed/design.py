@@ -1,0 +1,288 @@
+"""Batches of rows to blocks of carried columns.
+
+`spec.specify` decides, from a pilot sample, what every batch is turned into; `block` does it, on
+the workers; `recoding.learn` says after the pass which linear combinations of the carried columns
+are the columns of the model; `matrices.matrix` evaluates those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dmixed import keys
+from dmixed.blocks import CONSTANT, RESPONSE, Codes, Column, DesignBlock, Floats, Level, Recipe
+from dmixed.columns import Factor, Rows, check_levels, kind_of, not_finite
+from dmixed.errors import DataError, MissingDataError
+from dmixed.expressions import Name, columns_of
+from dmixed.matrices import ModelRows, matrix
+from dmixed.polynomials import Variable
+from dmixed.recoding import MAX_COLUMNS, BarDesign, Design, FactorLevels, learn, merge_levels
+from dmixed.spec import Category, DesignSpec, Need, specify
+
+__all__ = [
+    "BarDesign",
+    "Batch",
+    "Design",
+    "DesignSpec",
+    "FactorLevels",
+    "ModelRows",
+    "block",
+    "learn",
+    "matrix",
+    "merge_levels",
+    "specify",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch of rows, ready for cross-products.
+
+    Attributes
+    ----------
+    block
+        numbers
+    labels
+        labels of the block's groups
+    dropped
+        rows dropped, by reason
+    levels
+        levels met of each factor
+    """
+
+    block: DesignBlock
+    labels: keys.Labels
+    dropped: dict[str, int]
+    levels: dict[str, FactorLevels]
+
+
+class _Complete:
+    """Which rows are complete; rows that are not are counted once, under their first reason."""
+
+    def __init__(self, spec: DesignSpec, rows: Rows, row0: int) -> None:
+        self.spec = spec
+        self.rows = rows
+        self.row0 = row0
+        self.kept: NDArray[np.bool_] | None = None
+        self.dropped: dict[str, int] = {}
+        self._seen: set[str] = set()
+
+    def column(self, name: str) -> None:
+        """A data column used by what follows."""
+        if name not in self._seen:
+            self._seen.add(name)
+            self.drop(f"{name}: missing", self.rows.missing(name))
+
+    def drop(self, reason: str, bad: NDArray[np.bool_] | None) -> None:
+        """Take rows off."""
+        if bad is None:
+            return
+        fresh = bad if self.kept is None else bad & self.kept
+        count = int(np.count_nonzero(fresh))
+        if count == 0:
+            return
+        if self.spec.missing != "drop":
+            row = self.row0 + int(np.argmax(fresh))
+            raise MissingDataError(
+                f"{reason} in row {row}{self.rows.place}; "
+                'missing="drop" leaves such rows out and counts them'
+            )
+        self.dropped[reason] = count
+        self.kept = ~bad if self.kept is None else self.kept & ~bad
+
+
+def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> Batch:
+    """Turn a batch of rows into carried columns.
+
+    Parameters
+    ----------
+    spec
+        what to compute
+    table
+        n rows with at least the columns of `spec`
+    row0
+        number of the batch's first row in the data, for messages
+    where
+        name of the batch, for messages
+
+    Raises
+    ------
+    MissingDataError
+        a value is missing and the spec does not drop such rows
+    DataError
+        a column has another type than in the pilot, a weight is not positive, or a factor has too
+        many levels
+    """
+    rows = Rows(table, spec.context, where)
+    complete = _Complete(spec, rows, row0)
+    variables: list[Floats] = []
+    factors: dict[str, Factor] = {}
+    for item in spec.inputs:
+        _check_types(spec, rows, item)
+        for name in columns_of(item.node):
+            complete.column(name)
+        if isinstance(item, Category):
+            factors[item.name] = rows.factor(item.node)
+            complete.drop(f"{item.name}: missing", _uncoded(factors[item.name].codes))
+        else:
+            variables.append(rows.variable(item))
+            if not isinstance(item.node, Name):
+                text = spec.formula.response_text if item.name == RESPONSE else item.name
+                complete.drop(f"{text}: not finite", not_finite(variables[-1]))
+    group, labels = _groups(spec, rows, complete)
+    weights = _weights(spec, rows, complete)
+    if spec.offset is not None:
+        complete.column(spec.offset)
+        variables[0] = variables[0] - rows.number(spec.offset)
+    kept = complete.kept
+    if kept is not None:
+        variables = [v[kept] for v in variables]
+        factors = {k: Factor(f.codes[kept], f.levels, f.declared) for k, f in factors.items()}
+        weights = None if weights is None else weights[kept]
+        group, labels = _regroup(group[kept], labels)
+    levels = {name: _levels_met(name, factor, rows.place) for name, factor in factors.items()}
+    made = _assemble(spec, variables, factors, group, len(labels), weights, rows.place)
+    return Batch(made, labels, complete.dropped, levels)
+
+
+def _check_types(spec: DesignSpec, rows: Rows, item: Variable | Category) -> None:
+    """Refuse a column of categories that comes as numbers in this batch."""
+    for name in columns_of(item.node):
+        type_ = rows.column(name).type
+        if name in spec.text_columns and kind_of(type_) == "number":
+            raise DataError(
+                f"column {name!r} has type {type_}{rows.place}, but holds categories in the first "
+                "rows of the data; give the column one type everywhere"
+            )
+
+
+def _uncoded(codes: Codes) -> NDArray[np.bool_] | None:
+    """Rows without a level."""
+    if len(codes) == 0 or codes.min() >= 0:
+        return None
+    bad: NDArray[np.bool_] = codes < 0
+    return bad
+
+
+def _groups(spec: DesignSpec, rows: Rows, complete: _Complete) -> tuple[Codes, keys.Labels]:
+    """Codes and labels of the groups of all rows."""
+    columns = [rows.column(name) for name in spec.group]
+    codes, labels = keys.encode(columns, spec.group)
+    if _uncoded(codes) is not None:
+        for name, column in zip(spec.group, columns, strict=True):
+            alone, _ = keys.encode([column], [name])
+            complete.drop(f"{name}: missing", _uncoded(alone))
+    return codes, labels
+
+
+def _weights(spec: DesignSpec, rows: Rows, complete: _Complete) -> Floats | None:
+    """(n,) weights; every one that is there must be positive."""
+    if spec.weights is None:
+        return None
+    weights = rows.number(spec.weights)
+    complete.column(spec.weights)
+    if len(weights) and not weights.min() > 0:
+        bad = np.flatnonzero(weights <= 0)
+        if len(bad):
+            raise DataError(
+                f"weight {spec.weights!r} is {weights[bad[0]]:g} in row {complete.row0 + bad[0]}"
+                f"{rows.place}; weights must be positive"
+            )
+    return weights
+
+
+def _regroup(group: Codes, labels: keys.Labels) -> tuple[Codes, keys.Labels]:
+    """Only groups that still have rows, numbered 0..G-1."""
+    used = np.bincount(group, minlength=len(labels)) > 0
+    if used.all():
+        return group, labels
+    position = np.cumsum(used, dtype=np.int32) - 1
+    return position.astype(np.int32)[group], labels.take(np.flatnonzero(used))
+
+
+def _levels_met(name: str, factor: Factor, place: str) -> FactorLevels:
+    met = np.flatnonzero(np.bincount(factor.codes, minlength=len(factor.levels)))
+    check_levels(name, len(met), place)
+    levels = tuple(factor.levels[i] for i in met)
+    return FactorLevels(levels, factor.levels if factor.declared and levels else None)
+
+
+def _assemble(
+    spec: DesignSpec,
+    variables: Sequence[Floats],
+    factors: Mapping[str, Factor],
+    group: Codes,
+    n_groups: int,
+    weights: Floats | None,
+    place: str,
+) -> DesignBlock:
+    """Block of complete rows: the cells met, and a recipe for each carried column."""
+    index = {name: i for i, name in enumerate(spec.frame.names)}
+    columns: list[Column] = []
+    recipes: list[Recipe] = []
+    random: list[int] = []
+    cells: list[Codes] = []
+    for need in spec.needs:
+        powers = [tuple((index[v], p) for v, p in monomial) for monomial in need.monomials]
+        codes, met = _cells([factors[name] for name in need.categories], need, place)
+        if need.categories:
+            cells.append(codes)
+        source = len(cells) - 1 if need.categories else -1
+        for code, cell in enumerate(met):
+            for monomial, power, drawn in zip(need.monomials, powers, need.random, strict=True):
+                if drawn:
+                    random.append(len(columns))
+                columns.append(Column(cell, monomial))
+                recipes.append(Recipe(source, code, power))
+        if len(columns) > MAX_COLUMNS:
+            raise DataError(
+                f"{':'.join(need.categories)} has {len(met)} combinations of levels{place}: more "
+                "than a fixed effect can have; as a group it belongs right of a bar"
+            )
+    assert columns[random[0]] == CONSTANT
+    return DesignBlock(
+        columns=tuple(columns),
+        recipes=tuple(recipes),
+        random=tuple(random),
+        frame=spec.frame,
+        values=tuple(variables),
+        cells=tuple(cells),
+        group=group,
+        n_groups=n_groups,
+        weights=weights,
+    )
+
+
+def _cells(
+    factors: Sequence[Factor], need: Need, place: str
+) -> tuple[Codes, list[tuple[tuple[str, Level], ...]]]:
+    """Codes of the combinations of levels that the rows have, and the combinations."""
+    if not factors:
+        return np.empty(0, np.int32), [()]
+    sizes = [len(f.levels) for f in factors]
+    joint = factors[0].codes.astype(np.int64)
+    for factor in factors[1:]:
+        joint = joint * len(factor.levels) + factor.codes
+    total = int(np.prod(sizes, dtype=object))
+    if total <= max(4 * len(joint), 1024):
+        met = np.flatnonzero(np.bincount(joint, minlength=total))
+        position = np.zeros(total, np.int32)
+        position[met] = np.arange(len(met), dtype=np.int32)
+        codes = position[joint]
+    else:
+        met, inverse = np.unique(joint, return_inverse=True)
+        codes = inverse.astype(np.int32)
+    check_levels(":".join(need.categories), len(met), place)
+    where = np.unravel_index(met, sizes) if len(met) else [[]] * len(sizes)
+    return codes, [
+        tuple(
+            (name, factor.levels[i])
+            for name, factor, i in zip(need.categories, factors, combination, strict=True)
+        )
+        for combination in zip(*where, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""What is inferred from a fit by numpy alone: standard errors and random effects."""

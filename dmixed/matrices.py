@@ -1,0 +1,190 @@
+"""The columns of a learned design on any rows: for fitted values and for prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dmixed import keys
+from dmixed.blocks import RESPONSE, Codes, Floats, Level
+from dmixed.columns import Rows
+from dmixed.errors import DataError
+from dmixed.polynomials import Monomial
+from dmixed.recoding import Design
+from dmixed.spec import Category
+
+CHUNK = 65_536
+"""Rows of X and Z evaluated at a time."""
+
+Locate: TypeAlias = Callable[[Sequence[Codes]], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRows:
+    """The columns of a model, evaluated on some rows.
+
+    Attributes
+    ----------
+    X
+        (n, p); NaN where something that the terms use is missing
+    Z
+        per bar (n, q_j), likewise
+    offset
+        (n,), zero without an offset
+    response
+        (n,) the response, the offset not taken off, or None if it was not asked for
+    codes, labels
+        (n,) group of each row in `labels`, -1 where the key is missing; None if not asked for
+    complete
+        (n,) whether nothing that was asked for is missing
+    """
+
+    X: Floats
+    Z: tuple[Floats, ...]
+    offset: Floats
+    response: Floats | None
+    codes: Codes | None
+    labels: keys.Labels | None
+    complete: NDArray[np.bool_]
+
+
+def matrix(
+    design: Design,
+    table: pa.Table,
+    where: str = "",
+    *,
+    response: bool = False,
+    groups: bool = True,
+) -> ModelRows:
+    """Evaluate the columns of a model on any rows.
+
+    Parameters
+    ----------
+    design
+        learned in a fit
+    table
+        n rows
+    where
+        name of the batch, for messages
+    response
+        evaluate the response and require weights: `complete` then says which rows a fit uses
+    groups
+        find the groups
+
+    Raises
+    ------
+    DataError
+        a level was not in the data of the fit, or a column is not there
+    """
+    spec = design.spec
+    rows = Rows(table, spec.context, where)
+    n = len(rows)
+    bad = np.zeros(n, dtype=np.bool_)
+    values: dict[str, Floats] = {}
+    codes: dict[str, Codes] = {}
+    for item in spec.inputs:
+        if isinstance(item, Category):
+            codes[item.name] = _known_levels(item.name, rows, item, design.levels[item.name])
+            bad |= codes[item.name] < 0
+        elif item.name != RESPONSE:
+            values[item.name] = rows.variable(item)
+            bad |= ~np.isfinite(values[item.name])
+    offset = np.zeros(n) if spec.offset is None else rows.number(spec.offset)
+    whole = _evaluate(design, values, codes, bad)
+    ends = np.cumsum([len(design.fixed_names), *(len(b.names) for b in design.bars)])
+    X, *Z = np.split(whole, ends[:-1], axis=1)
+    complete = ~bad & np.isfinite(offset)
+    y = group = labels = None
+    if response:
+        y = rows.variable(spec.variables[0])
+        complete &= np.isfinite(y)
+        if spec.weights is not None:
+            complete &= np.isfinite(rows.number(spec.weights))
+    if groups:
+        group, labels = keys.encode([rows.column(name) for name in spec.group], spec.group)
+        complete &= group >= 0
+    return ModelRows(X, tuple(Z), offset, y, group, labels, complete)
+
+
+def _known_levels(name: str, rows: Rows, item: Category, levels: tuple[Level, ...]) -> Codes:
+    """(n,) positions of the rows' levels among those of the fit, -1 where missing."""
+    factor = rows.factor(item.node)
+    position = {level: i for i, level in enumerate(levels)}
+    known = np.array([position.get(level, -1) for level in factor.levels] + [-1], dtype=np.int32)
+    codes: Codes = known[factor.codes]
+    strange = (codes < 0) & (factor.codes >= 0)
+    if strange.any():
+        level = factor.levels[factor.codes[int(np.argmax(strange))]]
+        raise DataError(
+            f"column {name!r} has the level {level!r}{rows.place}, which was not in the data of "
+            "the fit"
+        )
+    return codes
+
+
+def _evaluate(
+    design: Design,
+    values: Mapping[str, Floats],
+    codes: Mapping[str, Codes],
+    bad: NDArray[np.bool_],
+) -> Floats:
+    """(n, p + sum q_j) columns of X and of every Z: F T, without making F.
+
+    F T is a sum over sets of categories and monomials u: u times the row of T of the row's cell.
+    """
+    tables = list(_tables(design))
+    n, width = len(bad), len(design.fixed_names) + sum(len(b.names) for b in design.bars)
+    whole = np.zeros((n, width))
+    for start in range(0, n, CHUNK):
+        part = slice(start, start + CHUNK)
+        out = whole[part]
+        for categories, powers, W, position in tables:
+            weights = W[0]
+            if categories:
+                weights = W[position([codes[name][part] for name in categories])]
+            for name, power in powers:
+                shift, scale = design.spec.frame.of(name)
+                u = (values[name][part] - shift) / scale
+                weights = weights * (u**power)[:, None]
+            out += weights
+    whole[bad] = np.nan
+    return whole
+
+
+def _tables(design: Design) -> Iterator[tuple[tuple[str, ...], Monomial, Floats, Locate]]:
+    """Per set of categories and monomial: rows of T by cell, and how to find a row's cell."""
+    T = np.hstack([design.T_fixed, *(bar.T for bar in design.bars)])
+    T = np.vstack([T, design.T_unmet])
+    entries: dict[tuple[tuple[str, ...], Monomial], dict[int, Floats]] = {}
+    for column, row in zip((*design.columns, *design.unmet), T, strict=True):
+        if not row.any():
+            continue
+        names = tuple(name for name, _ in column.cell)
+        joint = 0
+        for name, level in column.cell:
+            joint = joint * len(design.levels[name]) + design.levels[name].index(level)
+        entries.setdefault((names, column.powers), {})[joint] = row
+    for (names, powers), rows in entries.items():
+        known = np.array(sorted(rows), dtype=np.int64)
+        W = np.vstack([*(rows[joint] for joint in known), np.zeros(T.shape[1])])
+        sizes = [len(design.levels[name]) for name in names]
+        yield names, powers, W, _locator(known, sizes)
+
+
+def _locator(known: NDArray[np.int64], sizes: Sequence[int]) -> Locate:
+    """Position of each row's combination of levels in `known`; the last where it is not there."""
+
+    def locate(codes: Sequence[Codes]) -> NDArray[np.int64]:
+        joint = codes[0].astype(np.int64)
+        for size, code in zip(sizes[1:], codes[1:], strict=True):
+            joint = joint * size + code
+        place = np.searchsorted(known, joint)
+        place[place == len(known)] = 0
+        return np.where(known[place] == joint, place, len(known))
+
+    return locate

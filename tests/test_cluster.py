@@ -1,0 +1,97 @@
+"""A real cluster gives the answer that threads give."""
+
+from __future__ import annotations
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster
+
+import dmixed
+
+FORMULA = "y ~ x + f + (1 + x | g)"
+
+
+def table():
+    rng = np.random.default_rng(0)
+    n, groups = 600, 40
+    g = rng.integers(0, groups, n)
+    x = rng.normal(0, 1, n)
+    y = 1 + x + rng.normal(0, 1, groups)[g] * (1 + 0.5 * x) + rng.normal(0, 1, n)
+    labels = np.array([f"group {i}" for i in range(groups)])
+    d = pd.DataFrame({"y": y, "x": x, "f": rng.choice(["a", "b"], n), "g": labels[g]})
+    d.loc[[3, 500], "x"] = np.nan
+    return d
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def threads():
+    """The answer of this process, computed while no client is about."""
+    return dmixed.lmer(FORMULA, table())
+
+
+@pytest.fixture(params=["pandas", "dask", "parquet"])
+def source(request, tmp_path):
+    if request.param == "pandas":
+        return table()
+    frame = dd.from_pandas(table(), npartitions=5, sort=False)
+    if request.param == "dask":
+        return frame
+    for i, part in enumerate(np.array_split(np.arange(600), 4)):
+        table().iloc[part].to_parquet(tmp_path / f"part-{i}.parquet", row_group_size=70)
+    return str(tmp_path)
+
+
+def assert_equal(a, b):
+    assert a.llf == pytest.approx(b.llf, rel=1e-10)
+    assert np.allclose(a.fe_params, b.fe_params, rtol=1e-10)
+    assert np.allclose(a.bse_fe, b.bse_fe, rtol=1e-10)
+    assert a.scale == pytest.approx(b.scale, rel=1e-10)
+    assert np.allclose(a.cov_re, b.cov_re, rtol=1e-8)
+    assert a.ranef().index.equals(b.ranef().index)
+    assert np.allclose(a.ranef(), b.ranef(), rtol=0, atol=1e-8)
+    assert np.allclose(a.fittedvalues, b.fittedvalues, rtol=0, atol=1e-8)
+    assert a.dropped == b.dropped
+    assert a.nobs == b.nobs == 598
+
+
+@pytest.mark.timeout(120)
+def test_with_the_client_given(threads, cluster, source):
+    with Client(cluster, set_as_default=False) as client:
+        assert_equal(dmixed.lmer(FORMULA, source, client=client), threads)
+
+
+@pytest.mark.timeout(120)
+def test_with_the_current_client(threads, cluster, source):
+    with Client(cluster) as client:
+        before = client.run(lambda dask_worker: dask_worker.state.transition_counter)
+        assert_equal(dmixed.lmer(FORMULA, source), threads)
+        after = client.run(lambda dask_worker: dask_worker.state.transition_counter)
+    assert before != after  # the workers did something
+
+
+@pytest.mark.timeout(120)
+def test_errors_travel_back_from_the_workers(cluster):
+    d = table()
+    d["w"] = 1.0
+    d.loc[321, "w"] = -1.0
+    frame = dd.from_pandas(d, npartitions=3, sort=False)
+    with Client(cluster), pytest.raises(dmixed.DataError, match=r"\bw\b"):
+        dmixed.lmer(FORMULA, frame, weights="w")
+
+
+@pytest.mark.timeout(120)
+def test_results_from_a_cluster_outlive_it(threads, cluster):
+    with Client(cluster) as client:
+        result = dmixed.lmer(FORMULA, table(), client=client)
+    assert str(result.summary()) == str(threads.summary())
+    assert np.allclose(result.fittedvalues, threads.fittedvalues, atol=1e-8)
