@@ -17,7 +17,7 @@ from formulaic.transforms import basis_spline, cyclic_cubic_spline, natural_cubi
 from numpy.typing import NDArray
 
 from dmixed.blocks import Codes, Floats, Level
-from dmixed.errors import DataError, FormulaError
+from dmixed.errors import DataError
 from dmixed.expressions import Call, Literal, Name, Node, Operation
 from dmixed.polynomials import Variable
 from dmixed.vocabulary import ELEMENTWISE
@@ -44,6 +44,8 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "==": np.equal,
     "!=": np.not_equal,
 }
+
+_CONDITIONS = ("<", "<=", ">", ">=", "==", "!=")
 
 
 def kind_of(type_: pa.DataType) -> str | None:
@@ -141,7 +143,10 @@ class Rows:
             if isinstance(node, Name):
                 column, name = self.column(node.column), node.column
             else:
-                column, name = pa.chunked_array([pa.array(self.evaluate(node))]), node.text
+                column, name = (
+                    pa.chunked_array([_levels_array(node, self.evaluate(node))]),
+                    node.text,
+                )
             if kind_of(column.type) is None:
                 raise DataError(
                     f"column {name!r} has type {column.type}{self.place}: "
@@ -234,11 +239,14 @@ class Rows:
         good = np.isfinite(x)
         function = _SPLINES.get(node.function, cyclic_cubic_spline)
         low = float(node.value("lower_bound"))  # type: ignore[arg-type]
-        filled = np.where(good, x, low)  # formulaic's splines take no NaN
+        filled = np.append(np.where(good, x, low), low)  # formulaic takes no NaN, and some rows
         try:
-            basis = function(np.append(filled, low), **options, _state={})
-        except ValueError as error:
-            raise FormulaError(f"{node.text}: {error}{self.place}") from None
+            basis = function(filled, **options, _state={})
+        except ValueError:
+            raise DataError(
+                f"{node.text}: there are values beyond the bounds{self.place}; widen them, or give "
+                "extrapolation='clip', 'zero', 'na' or 'extend'"
+            ) from None
         return [np.where(good, np.asarray(basis[key])[:-1], np.nan) for key in basis]
 
 
@@ -260,6 +268,13 @@ def _keep_missing(result: Any, *values: Any) -> Any:
         if np.ndim(value) and np.isnan(value).any():
             result = np.where(np.isnan(value), np.nan, result)
     return result
+
+
+def _levels_array(node: Node, values: Floats) -> pa.Array:
+    """Values of an expression as levels: a condition is False or True."""
+    if isinstance(node, Operation) and node.operator in _CONDITIONS:
+        return pa.array(values != 0, mask=np.isnan(values))
+    return pa.array(values)
 
 
 def _floats(column: pa.ChunkedArray) -> Floats:

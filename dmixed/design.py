@@ -20,9 +20,8 @@ from dmixed.columns import Factor, Rows, check_levels, kind_of, not_finite
 from dmixed.errors import DataError, MissingDataError
 from dmixed.expressions import Name, columns_of
 from dmixed.matrices import ModelRows, matrix
-from dmixed.polynomials import Variable
 from dmixed.recoding import MAX_COLUMNS, BarDesign, Design, FactorLevels, learn, merge_levels
-from dmixed.spec import Category, DesignSpec, Need, specify
+from dmixed.spec import Category, DesignSpec, Input, Need, specify
 
 __all__ = [
     "BarDesign",
@@ -150,7 +149,7 @@ def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> 
     return Batch(made, labels, complete.dropped, levels)
 
 
-def _check_types(spec: DesignSpec, rows: Rows, item: Variable | Category) -> None:
+def _check_types(spec: DesignSpec, rows: Rows, item: Input) -> None:
     """Refuse a column of categories that comes as numbers in this batch."""
     for name in columns_of(item.node):
         type_ = rows.column(name).type

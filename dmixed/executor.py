@@ -56,6 +56,11 @@ def find_client(client: Any = None) -> Any:
     return client
 
 
+def running(client: Any) -> Any:
+    """The client if it still has a cluster, else the current one or None."""
+    return client if getattr(client, "status", None) == "running" else find_client()
+
+
 def collect(
     spec: DesignSpec, source: Source, client: Any = None, progress: Progress | None = None
 ) -> Moments:

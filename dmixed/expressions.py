@@ -203,7 +203,7 @@ class _Reader:
             return Literal(_KEYWORDS[name], text)
         if name in _CONSTANTS:
             return Literal(_CONSTANTS[name], text)
-        if name.startswith("contr."):
+        if name in CONTRASTS and "." in name:
             return Call(name, (), (), text)
         if name.startswith("__"):
             raise FormulaError(f"{name} cannot be used in a formula; a column is written `{name}`")
@@ -286,19 +286,36 @@ def _known_call(name: str, text: str, arguments: tuple[Node, ...], named: dict[s
         if key in bound:
             raise FormulaError(f"{text}: {key} is given twice")
         bound[key] = value
-    if name == "C" and isinstance(word := bound.get("contrasts"), Name):
-        if word.column not in CONTRASTS:
-            raise FormulaError(f"{text}: {word.text} is not a contrast ({', '.join(CONTRASTS)})")
-        bound["contrasts"] = Call(word.column, (), (), word.text)
+    data = signature[0] if signature else ""
+    if data in ("x", "data"):
+        if data not in bound:
+            raise FormulaError(f"{text}: {name} needs a variable")
+        if isinstance(bound[data], Literal) and constant(bound[data]) is None:
+            raise FormulaError(f"{text}: {bound[data].text} is not a number")
     if name == "Q":
         column = bound.get("variable")
         if not (isinstance(column, Literal) and isinstance(column.value, str)):
             raise FormulaError(f"{text}: Q takes the name of a column as a string")
         return Name(column.value, text)
-    data = signature[0] if signature else ""
-    if data in ("x", "data") and data not in bound:
-        raise FormulaError(f"{text}: {name} needs a variable")
-    return Call(name, tuple(bound.items()), (), text)
+    if name == "C":
+        _check_category(text, bound)
+    call = Call(name, tuple(bound.items()), (), text)
+    for key in bound:
+        if key not in (data, "contrasts") or name in CONTRASTS:
+            call.value(key)  # a literal
+    return call
+
+
+def _check_category(text: str, bound: dict[str, Node]) -> None:
+    """Contrasts and levels of ``C()``; contrasts may be named without parentheses."""
+    given = bound.get("contrasts")
+    if isinstance(given, Name) and given.column in CONTRASTS:
+        bound["contrasts"] = given = Call(given.column, (), (), given.text)
+    if given is not None and not (isinstance(given, Call) and given.function in CONTRASTS):
+        raise FormulaError(f"{text}: {given.text} is not a contrast ({', '.join(CONTRASTS)})")
+    levels = bound.get("levels")
+    if levels is not None and not (isinstance(levels, Literal) and isinstance(levels.value, tuple)):
+        raise FormulaError(f"{text}: levels= must be a list")
 
 
 def _unknown_call(name: str, plain: str) -> FormulaError:

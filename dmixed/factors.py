@@ -300,17 +300,18 @@ def problem(
     fixed, Q = working_basis(columns, gram, exog)
     response = working_response(columns, gram, Q, endog)
     rows = list(moments.random)
+    columns_re, gram_re = [columns[i] for i in rows], gram[np.ix_(rows, rows)]
     W, natural = [], []
     for j, coefficients in enumerate(exog_re):
-        basis, _ = working_basis(columns, gram, coefficients)
+        basis, _ = working_basis(columns_re, gram_re, coefficients[rows])
         missing = set(range(coefficients.shape[1])) - set(basis.kept)
         if missing:
             raise DependentColumns(j, min(missing))
         # B'B = mean of WtW over the groups: in the basis W B^-1 a relative covariance of I means
         # reliability 1/2, whatever the units.
-        mean = basis.work.T @ gram @ basis.work / moments.n_groups
+        mean = basis.work.T @ gram_re @ basis.work / moments.n_groups
         B = np.linalg.cholesky(mean).T
-        W.append(solve_triangular(B.T, basis.work[rows].T, lower=True).T)
+        W.append(solve_triangular(B.T, basis.work.T, lower=True).T)
         natural.append(B @ basis.to_work)
     blocks = Blocks(tuple(part.shape[1] for part in natural))
     F = np.column_stack([fixed.work, response.work])

@@ -28,7 +28,10 @@ from dmixed.likelihood import (
     scoring_step,
     within_variance,
 )
-from dmixed.optimizer import FLAT, Objective, OptimizeSummary, Step, optimize, starting_root
+from dmixed.optimizer import Objective, OptimizeSummary, Step, flat_bars, optimize, starting_root
+
+UNRESOLVED = 1.0
+"""Rounding error of the criterion, deviance units, above which no estimate means anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,12 @@ def prepare(moments: Moments) -> Prepared:
     DataError
         no rows, a constant response, or dependent columns in a random term
     """
-    design = moments.design
     if moments.nobs == 0:
-        reasons = ", ".join(f"{n} rows {reason}" for reason, n in moments.dropped.items())
+        reasons = ", ".join(f"{n} rows for {reason!r}" for reason, n in moments.dropped.items())
         raise DataError(
-            f"no row is left to fit: {reasons}" if reasons else "the data have no rows to fit"
+            f"no row is left to fit: dropped {reasons}" if reasons else "the data have no rows"
         )
+    design = moments.design
     try:
         found = problem(
             moments.group, design.T_fixed, design.t_response, [bar.T for bar in design.bars]
@@ -172,23 +175,26 @@ def fit(
             start = starting_root(objective, lambda at: scoring_step(factors, at, sigma2))
             root, summary, at = optimize(objective, start, method)
         except np.linalg.LinAlgError:
-            raise DataError(
-                f"the response {prepared.design.spec.formula.response_text!r} is, to rounding, an "
-                "exact combination of the model's columns: there is no residual variance to "
-                "estimate"
-            ) from None
+            raise DataError(_exact(prepared)) from None
         _check_identified(prepared, at, root)
+        if at.lost > UNRESOLVED:
+            raise DataError(_exact(prepared))
         return _estimates(prepared, reml, root, summary, at)
+
+
+def _exact(prepared: Prepared) -> str:
+    return (
+        f"the response {prepared.design.spec.formula.response_text!r} is, to rounding, an exact "
+        "combination of the model's columns: its residual variance is lost among their digits; "
+        "if one column dominates the response, subtract a known multiple of it with offset="
+    )
 
 
 def _check_identified(prepared: Prepared, at: Criterion, root: Floats) -> None:
     """Refuse a model whose likelihood is flat in the variances of a bar."""
     blocks = prepared.problem.factors.blocks
-    _, H, _ = root_derivatives(blocks, at.gradient, at.hessian, np.eye(blocks.q), root)
-    coordinates = blocks.theta_pairs
-    for bar, block in zip(prepared.design.bars, blocks.slices, strict=True):
-        own = [x for x, (a, _) in enumerate(coordinates) if block.start <= a < block.stop]
-        if np.abs(H[np.ix_(own, own)]).max() >= FLAT:
+    for bar, flat in zip(prepared.design.bars, flat_bars(blocks, at, root), strict=True):
+        if not flat:
             continue
         groups = prepared.moments.group.n_groups
         why = (

@@ -131,7 +131,7 @@ def parse(text: str, context: Collection[str] = ()) -> ParsedFormula:
         if inside is None:
             fixed += [sign, *piece] if fixed or sign.text == "-" else piece
         elif sign.text == "-":
-            raise FormulaError(f"{spelled(piece)} cannot be subtracted; leave it out")
+            raise FormulaError(f"{shown(spelled(piece))} cannot be subtracted; leave it out")
         else:
             bars += _read_bar(inside, context)
     if not bars:
@@ -167,6 +167,7 @@ def parse_parts(
     inside = tokenize("1" if re_formula is None else re_formula)
     if inside and inside[0].among("~"):
         inside = inside[1:]
+    _check_parentheses(inside, re_formula or "")
     terms = read_terms(inside, context)
     if not terms:
         raise FormulaError(f"re_formula={re_formula!r} has no terms")
@@ -187,7 +188,16 @@ def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token
         raise FormulaError(f"the formula {shown(text)} needs one '~', not {len(cuts)}")
     if cuts[0] == 0:
         raise FormulaError(f"the formula {shown(text)} has no response left of '~'")
-    return tokens[: cuts[0]], tokens[cuts[0] + 1 :]
+    left, right = tokens[: cuts[0]], tokens[cuts[0] + 1 :]
+    _check_parentheses(left, text)
+    _check_parentheses(right, text)
+    return left, right
+
+
+def _check_parentheses(tokens: Sequence[Token], text: str) -> None:
+    levels = list(depths(tokens))
+    if levels and (min(levels) < 0 or levels[-1] != 0):
+        raise FormulaError(f"the parentheses of {shown(text)} do not match")
 
 
 def _parsed(
@@ -204,12 +214,12 @@ def _parsed(
     for i, bar in enumerate(bars):
         if set(bar.group) != set(group):
             raise NotSupportedError(
-                f"{text}: the bars have different grouping factors, {':'.join(group)} and "
+                f"{shown(text)}: the bars have different grouping factors, {':'.join(group)} and "
                 f"{':'.join(bar.group)}; one grouping factor is supported so far"
             )
         bars[i] = bar = Bar(bar.terms, group, bar.text)
         if bar.terms in [b.terms for b in bars[:i]]:
-            raise FormulaError(f"{text}: {bar.text} is there twice")
+            raise FormulaError(f"{shown(text)}: {bar.text} is there twice")
     everything = (*terms, *(t for b in bars for t in b.terms))
     _check(response, everything)
     # Without what is only `pi`, which need not be a column.
@@ -220,6 +230,8 @@ def _parsed(
 
 def _check(response: Node, terms: Sequence[Term]) -> None:
     """Expand everything once, so that what cannot be computed is refused before data are read."""
+    if not columns_of(response):
+        raise FormulaError(f"the response {shown(response.text)} uses no column of the data")
     Expansion(Unknown()).row_by_row(response)
     for factor in dict.fromkeys(f for term in terms for f in term.factors):
         data = categorical(factor)
@@ -283,8 +295,8 @@ def _bar(piece: list[Token]) -> list[Token] | None:
         if [d for t, d in zip(inside, levels, strict=True) if t.among("|", "||")] == [0]:
             return inside
     raise FormulaError(
-        f"{spelled(piece)}: a bar stands in parentheses of its own, joined to the rest by '+', "
-        "as in '+ (1 + x | g)'"
+        f"{shown(spelled(piece))}: a bar stands in parentheses of its own, joined to the rest by "
+        "'+', as in '+ (1 + x | g)'"
     )
 
 

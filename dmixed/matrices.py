@@ -11,12 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dmixed import keys
-from dmixed.blocks import RESPONSE, Codes, Floats, Level
+from dmixed.blocks import Codes, Floats, Level
 from dmixed.columns import Rows
 from dmixed.errors import DataError
+from dmixed.expressions import columns_of
 from dmixed.polynomials import Monomial
 from dmixed.recoding import Design
-from dmixed.spec import Category
+from dmixed.spec import Category, Input
 
 CHUNK = 65_536
 """Rows of X and Z evaluated at a time."""
@@ -33,9 +34,9 @@ class ModelRows:
     X
         (n, p); NaN where something that the terms use is missing
     Z
-        per bar (n, q_j), likewise
+        per bar (n, q_j), likewise; empty if not asked for
     offset
-        (n,), zero without an offset
+        (n,), zero without an offset, or if not asked for
     response
         (n,) the response, the offset not taken off, or None if it was not asked for
     codes, labels
@@ -60,6 +61,7 @@ def matrix(
     *,
     response: bool = False,
     groups: bool = True,
+    bars: bool = True,
 ) -> ModelRows:
     """Evaluate the columns of a model on any rows.
 
@@ -75,6 +77,8 @@ def matrix(
         evaluate the response and require weights: `complete` then says which rows a fit uses
     groups
         find the groups
+    bars
+        evaluate Z and the offset; without them only `Design.fixed_columns` are needed
 
     Raises
     ------
@@ -83,35 +87,52 @@ def matrix(
     """
     spec = design.spec
     rows = Rows(table, spec.context, where)
-    n = len(rows)
-    bad = np.zeros(n, dtype=np.bool_)
+    missing = _Missing(rows)
     values: dict[str, Floats] = {}
     codes: dict[str, Codes] = {}
-    for item in spec.inputs:
+    for item in spec.inputs[1:] if bars else spec.fixed_inputs:
+        missing.columns(item)
         if isinstance(item, Category):
-            codes[item.name] = _known_levels(item.name, rows, item, design.levels[item.name])
-            bad |= codes[item.name] < 0
-        elif item.name != RESPONSE:
+            codes[item.name] = _known_levels(rows, item, design.levels[item.name])
+            missing.rows |= codes[item.name] < 0
+        else:
             values[item.name] = rows.variable(item)
-            bad |= ~np.isfinite(values[item.name])
-    offset = np.zeros(n) if spec.offset is None else rows.number(spec.offset)
-    whole = _evaluate(design, values, codes, bad)
-    ends = np.cumsum([len(design.fixed_names), *(len(b.names) for b in design.bars)])
-    X, *Z = np.split(whole, ends[:-1], axis=1)
-    complete = ~bad & np.isfinite(offset)
+            missing.rows |= ~np.isfinite(values[item.name])
+    with np.errstate(all="ignore"):  # in rows that become NaN
+        X, Z = _evaluate(design, values, codes, missing.rows, bars)
+    offset = np.zeros(len(rows))
+    if bars and spec.offset is not None:
+        offset = rows.number(spec.offset)
+        missing.rows |= ~np.isfinite(offset)
     y = group = labels = None
     if response:
-        y = rows.variable(spec.variables[0])
-        complete &= np.isfinite(y)
+        missing.columns(spec.inputs[0])
+        y = rows.evaluate(spec.inputs[0].node)
+        missing.rows |= ~np.isfinite(y)
         if spec.weights is not None:
-            complete &= np.isfinite(rows.number(spec.weights))
+            missing.rows |= ~np.isfinite(rows.number(spec.weights))
     if groups:
         group, labels = keys.encode([rows.column(name) for name in spec.group], spec.group)
-        complete &= group >= 0
-    return ModelRows(X, tuple(Z), offset, y, group, labels, complete)
+        missing.rows |= group < 0
+    return ModelRows(X, Z, offset, y, group, labels, ~missing.rows)
 
 
-def _known_levels(name: str, rows: Rows, item: Category, levels: tuple[Level, ...]) -> Codes:
+class _Missing:
+    """Rows where something is missing, by the rules of `design.block`."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.data = rows
+        self.rows = np.zeros(len(rows), dtype=np.bool_)
+
+    def columns(self, item: Input) -> None:
+        """Data columns of an input; an expression may hide that they are missing."""
+        for name in columns_of(item.node):
+            bad = self.data.missing(name)
+            if bad is not None:
+                self.rows |= bad
+
+
+def _known_levels(rows: Rows, item: Category, levels: tuple[Level, ...]) -> Codes:
     """(n,) positions of the rows' levels among those of the fit, -1 where missing."""
     factor = rows.factor(item.node)
     position = {level: i for i, level in enumerate(levels)}
@@ -121,7 +142,7 @@ def _known_levels(name: str, rows: Rows, item: Category, levels: tuple[Level, ..
     if strange.any():
         level = factor.levels[factor.codes[int(np.argmax(strange))]]
         raise DataError(
-            f"column {name!r} has the level {level!r}{rows.place}, which was not in the data of "
+            f"{item.name!r} has the level {level!r}{rows.place}, which was not in the data of "
             "the fit"
         )
     return codes
@@ -131,35 +152,39 @@ def _evaluate(
     design: Design,
     values: Mapping[str, Floats],
     codes: Mapping[str, Codes],
-    bad: NDArray[np.bool_],
-) -> Floats:
-    """(n, p + sum q_j) columns of X and of every Z: F T, without making F.
+    missing: NDArray[np.bool_],
+    bars: bool,
+) -> tuple[Floats, tuple[Floats, ...]]:
+    """X and every Z: F T, without making F; rows that are missing are NaN.
 
     F T is a sum over sets of categories and monomials u: u times the row of T of the row's cell.
     """
-    tables = list(_tables(design))
-    n, width = len(bad), len(design.fixed_names) + sum(len(b.names) for b in design.bars)
-    whole = np.zeros((n, width))
-    for start in range(0, n, CHUNK):
+    widths = [len(design.fixed_names), *(len(bar.names) for bar in design.bars)]
+    if not bars:
+        widths = widths[:1]
+    tables = list(_tables(design, sum(widths)))
+    whole = np.zeros((len(missing), sum(widths)))
+    for start in range(0, len(missing), CHUNK):
         part = slice(start, start + CHUNK)
-        out = whole[part]
         for categories, powers, W, position in tables:
             weights = W[0]
             if categories:
                 weights = W[position([codes[name][part] for name in categories])]
             for name, power in powers:
                 shift, scale = design.spec.frame.of(name)
-                u = (values[name][part] - shift) / scale
-                weights = weights * (u**power)[:, None]
-            out += weights
-    whole[bad] = np.nan
-    return whole
+                weights = weights * (((values[name][part] - shift) / scale) ** power)[:, None]
+            whole[part] += weights
+    whole[missing] = np.nan
+    X, *Z = np.split(whole, np.cumsum(widths)[:-1], axis=1)
+    return X, tuple(Z)
 
 
-def _tables(design: Design) -> Iterator[tuple[tuple[str, ...], Monomial, Floats, Locate]]:
+def _tables(
+    design: Design, width: int
+) -> Iterator[tuple[tuple[str, ...], Monomial, Floats, Locate]]:
     """Per set of categories and monomial: rows of T by cell, and how to find a row's cell."""
     T = np.hstack([design.T_fixed, *(bar.T for bar in design.bars)])
-    T = np.vstack([T, design.T_unmet])
+    T = np.vstack([T, design.T_unmet])[:, :width]
     entries: dict[tuple[tuple[str, ...], Monomial], dict[int, Floats]] = {}
     for column, row in zip((*design.columns, *design.unmet), T, strict=True):
         if not row.any():

@@ -287,11 +287,11 @@ def _table_of_arrays(
     endog: Any, exog: Any, groups: Any, exog_re: Any
 ) -> tuple[pd.DataFrame, str, str, str]:
     """One frame of all arrays, and the formulas that name its columns as they are."""
-    y = pd.Series(np.asarray(endog), name=str(getattr(endog, "name", None) or "y"))
+    y, name = np.asarray(endog), str(getattr(endog, "name", None) or "y")
+    if y.ndim != 1:
+        raise DataError(f"endog has shape {y.shape}: it must be one-dimensional")
     n = len(y)
-    columns: dict[str, Any] = {str(y.name): y.to_numpy()}
-    if y.to_numpy().ndim != 1:
-        raise DataError(f"endog has shape {np.shape(endog)}: it must be one-dimensional")
+    columns: dict[str, Any] = {name: y}
     fixed = _add_columns(columns, exog, "exog", "x", n)
     random = _add_columns(columns, exog_re, "exog_re", "z", n)
     group = str(getattr(groups, "name", None) or "Group")
@@ -303,7 +303,7 @@ def _table_of_arrays(
     frame = pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})
     frame[group] = labels
     quoted = [f"`{name}`" for name in fixed]
-    formula = f"`{y.name}` ~ " + " + ".join(["0", *quoted])
+    formula = f"`{name}` ~ " + " + ".join(["0", *quoted])
     re_formula = "1" if exog_re is None else " + ".join(["0", *(f"`{name}`" for name in random)])
     return frame, formula, group, re_formula
 

@@ -1,11 +1,4 @@
-"""Minimise the profiled criterion: a re-based trust-region Newton, run through `scipy.optimize`.
-
-Coordinates. Near a singular Psi fixed Cholesky coordinates become a curved valley, so every
-iterate gets its own: ``Psi = V diag(s^2) V'`` and ``root = V (diag(s) + Delta)``, Delta lower
-triangular. The sign of a column of the root is a symmetry; no coordinate is ever bounded: at
-s_j = 0 the criterion is stationary in column j, a saddle or a minimum according to the gradient
-with respect to Psi on that direction, which Newton's method sees in the Hessian.
-"""
+"""Minimise the profiled criterion through `scipy.optimize`, and certify what was found."""
 
 from __future__ import annotations
 
@@ -14,20 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import OptimizeResult, brentq, minimize
+from scipy.optimize import minimize
 
 from dmixed.blocks import Floats
-from dmixed.covariance import Blocks, rebase, root_derivatives
+from dmixed.covariance import Blocks, root_derivatives
 from dmixed.likelihood import Criterion
+from dmixed.newton import Point, minimize_rebased, newton_decrement
 
 SCIPY_METHODS = (
     "Nelder-Mead", "Powell", "CG", "BFGS", "Newton-CG", "L-BFGS-B", "TNC", "COBYLA", "COBYQA",
     "SLSQP", "trust-constr", "dogleg", "trust-ncg", "trust-exact", "trust-krylov",
 )  # fmt: skip
 """Methods of `scipy.optimize.minimize` that can be asked for by name."""
-
-DECREMENT = 1e-10
-"""Newton decrement g'H^-1 g, deviance units, at which to stop: 7e-6 standard errors."""
 
 FLAT = 1e-6
 """Curvature in natural coordinates below which the data say nothing about a direction."""
@@ -72,6 +63,9 @@ class Certificate:
         condition number of that Hessian
     digits_lost
         decimal digits of the criterion lost to rounding
+    rounding
+        estimated rounding error of the criterion, deviance units; at most 0.01, a tenth of a
+        standard error
     """
 
     gradient: float
@@ -79,11 +73,26 @@ class Certificate:
     curvature: float
     condition: float
     digits_lost: float
+    rounding: float
 
     @property
     def passed(self) -> bool:
-        """All three conditions hold."""
-        return self.gradient <= GRADIENT_LIMIT and self.boundary >= -1e-6 and self.curvature > 1e-10
+        """All conditions hold."""
+        return not self.failing
+
+    @property
+    def failing(self) -> tuple[str, ...]:
+        """Conditions that do not hold, in words."""
+        found = []
+        if not self.gradient <= GRADIENT_LIMIT:
+            found.append(f"scaled gradient {self.gradient:.1e}")
+        if not self.boundary >= -1e-6:
+            found.append(f"a zero variance wants to grow, slope {self.boundary:.1e}")
+        if not self.curvature > 1e-10:
+            found.append("the likelihood is flat in some direction")
+        if not self.rounding <= 0.01:
+            found.append(f"rounding hides differences of the criterion below {self.rounding:.1g}")
+        return tuple(found)
 
     def __bool__(self) -> bool:
         return self.passed
@@ -117,7 +126,7 @@ class OptimizeSummary:
     reason: str
     evaluations: int
     path: tuple[Step, ...] = field(repr=False)
-    certificate: Certificate = field(default_factory=lambda: Certificate(*(np.nan,) * 5))
+    certificate: Certificate = field(default_factory=lambda: Certificate(*(np.nan,) * 6))
 
 
 @dataclass(slots=True)
@@ -144,7 +153,11 @@ class Objective:
             found: Criterion | None = self.evaluate(root)
         except np.linalg.LinAlgError:
             found = None
-        if found is not None and not np.isfinite(found.value):
+        if found is not None and not (
+            np.isfinite(found.value)
+            and np.isfinite(found.gradient).all()
+            and np.isfinite(found.hessian).all()
+        ):
             found = None
         value, decrement = np.inf, np.nan
         if found is not None:
@@ -184,144 +197,6 @@ class Objective:
         return g, H
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """A point in its own re-based coordinates, scaled: Delta = size * step."""
-
-    at: Criterion
-    root: Floats
-    V: Floats
-    s: Floats
-    g: Floats
-    H: Floats
-    G: Floats
-    size: Floats
-
-    @classmethod
-    def of(cls, blocks: Blocks, at: Criterion, root: Floats) -> _Point:
-        V, s = rebase(blocks, root)
-        g, H, G = root_derivatives(blocks, at.gradient, at.hessian, V, V * s)
-        size = np.array([max(s[c], 1.0) for c, _ in blocks.theta_pairs])
-        return cls(at, root, V, s, g * size, H * np.outer(size, size), G, size)
-
-    def moved(self, blocks: Blocks, step: Floats) -> Floats:
-        """Root after a scaled step."""
-        return self.V * self.s + self.V @ blocks.root(step * self.size)
-
-
-def newton_decrement(blocks: Blocks, at: Criterion, root: Floats) -> float:
-    """g'H^-1 g in deviance units, inf where H is not positive semi-definite."""
-    point = _Point.of(blocks, at, root)
-    return _decrement(*np.linalg.eigh(point.H), point.g)
-
-
-def _decrement(w: Floats, V: Floats, g: Floats) -> float:
-    big = max(1.0, float(np.abs(w).max()))
-    if w[0] <= -1e-8 * big:
-        return np.inf
-    return float(((V.T @ g) ** 2 / np.maximum(w, 1e-10 * big)).sum())
-
-
-def trust_region_step(g: Floats, w: Floats, V: Floats, radius: float) -> Floats:
-    """Minimiser of ``g's + s'Hs/2`` over ``|s| <= radius``, H = V diag(w) V'.
-
-    Moré & Sorensen (1983, SIAM J. Sci. Stat. Comput. 4, 553-572), by the eigendecomposition,
-    the hard case included.
-    """
-    a = V.T @ g
-    tiny = 1e-14 * max(1.0, float(np.abs(w).max()))
-    if w[0] > tiny:
-        step = -a / w
-        if np.linalg.norm(step) <= radius:
-            return V @ step
-    lowest = w - w[0] <= tiny
-    floor = max(0.0, -float(w[0]))
-
-    def excess(shift: float) -> float:
-        return float(np.linalg.norm(a / (w + floor + shift))) - radius
-
-    if float(np.linalg.norm(a[lowest])) <= 1e-14 * max(1.0, float(np.linalg.norm(a))):
-        rest = np.where(lowest, 0.0, -a / np.where(lowest, 1.0, w + floor))
-        inside = radius**2 - float(rest @ rest)
-        if inside >= 0:  # hard case: fill up along the lowest eigenvector (either sign)
-            rest[np.argmax(lowest)] += np.sqrt(inside) if w[0] < -tiny else 0.0
-            return V @ rest
-    high = max(float(np.linalg.norm(g)) / radius, tiny)
-    low = tiny
-    while low > 1e-300 and excess(low) <= 0:
-        low *= 1e-3
-    shift = brentq(excess, low, 2 * high + tiny, xtol=1e-300, rtol=1e-10)
-    return V @ (-a / (w + floor + shift))
-
-
-def minimize_rebased(
-    fun: Callable[..., float],
-    x0: Floats,
-    args: tuple[Any, ...] = (),
-    *,
-    objective: Objective,
-    root: Floats,
-    maxiter: int = 60,
-    **_: Any,
-) -> OptimizeResult:
-    """Re-based trust-region Newton, as a custom method of `scipy.optimize.minimize`.
-
-    Stops when the Hessian is positive semi-definite and the Newton decrement is at most
-    `DECREMENT`; that last step is taken and evaluated. Below the rounding level of the criterion
-    its differences mean nothing and steps are judged by the gradient.
-    """
-    del fun, x0, args
-    blocks = objective.blocks
-    start = objective.at(root)
-    if start is None:
-        raise np.linalg.LinAlgError("the criterion is not defined at the start")
-    point = _Point.of(blocks, start, root)
-    radius = max(1.0, float(np.linalg.norm(point.s / np.maximum(point.s, 1.0))))
-    reason, success = f"no optimum within {maxiter} iterations", False
-    for _iteration in range(maxiter):
-        w, V = np.linalg.eigh(point.H)
-        step = trust_region_step(point.g, w, V, radius)
-        predicted = -float(point.g @ step + 0.5 * step @ point.H @ step)
-        decrement = _decrement(w, V, point.g)
-        noise = max(16 * np.finfo(float).eps * abs(point.at.value), point.at.lost)
-        last = decrement <= DECREMENT
-        length = float(np.linalg.norm(step))
-        root = point.moved(blocks, step)
-        at = objective.at(root)
-        if at is None:
-            radius = 0.25 * length
-            continue
-        actual = point.at.value - at.value
-        if last or predicted <= noise:
-            moved = _Point.of(blocks, at, root)
-            limit = max(1.01 * float(np.linalg.norm(point.g)), 1e-9)
-            if actual >= -noise and float(np.linalg.norm(moved.g)) <= limit:
-                point = moved
-            success = True
-            reason = "Newton decrement below tolerance" if last else "rounding level reached"
-            break
-        ratio = actual / predicted if predicted > 0 else -1.0
-        if ratio > 1e-4:
-            point = _Point.of(blocks, at, root)
-        if ratio < 0.25:
-            radius = 0.25 * min(radius, length)
-        elif ratio > 0.75 and length > 0.8 * radius:
-            radius = min((4.0 if ratio > 0.9 else 2.0) * radius, 1e12)
-        if radius < 1e-13:
-            reason = "the trust region shrank to nothing"
-            break
-    return OptimizeResult(
-        x=blocks.theta(point.root),
-        root=point.root,
-        fun=point.at.value,
-        jac=point.g,
-        success=success,
-        message=reason,
-        nfev=len(objective.path),
-        nit=_iteration + 1,
-    )
-
-
 def optimize(
     objective: Objective, root: Floats, method: str | None = None
 ) -> tuple[Floats, OptimizeSummary, Criterion]:
@@ -352,7 +227,7 @@ def optimize(
     proof = certify(blocks, at, root)
     reason = str(found.message)
     if not proof.passed:
-        reason += f"; not certified ({_failing(proof)})"
+        reason += f"; not certified ({', '.join(proof.failing)})"
     summary = OptimizeSummary(
         name, proof.passed, reason, len(objective.path), tuple(objective.path), proof
     )
@@ -371,7 +246,7 @@ def _derivatives(objective: Objective, method: str) -> dict[str, Any]:
 
 def certify(blocks: Blocks, at: Criterion, root: Floats) -> Certificate:
     """Certificate of a point: first and second order conditions on the free coordinates."""
-    point = _Point.of(blocks, at, root)
+    point = Point.of(blocks, at, root)
     free = free_coordinates(blocks, point.s)
     g, H = point.g[free], point.H[np.ix_(free, free)]
     diagonal = np.sqrt(np.maximum(np.diag(H), FLAT))
@@ -383,7 +258,8 @@ def certify(blocks: Blocks, at: Criterion, root: Floats) -> Certificate:
             boundary = min(boundary, float(np.linalg.eigvalsh(point.G[np.ix_(zero, zero)])[0]))
     steep = float(np.abs(g / diagonal).max(initial=0.0))
     lost = np.log10(max(at.lost / (np.finfo(float).eps * max(abs(at.value), 1.0)), 1.0))
-    return Certificate(steep, boundary, float(w[0]), float(w[-1] / max(w[0], 1e-300)), float(lost))
+    condition = float(w[-1] / w[0]) if w[0] > 1e-16 else np.inf
+    return Certificate(steep, boundary, float(w[0]), condition, float(lost), at.lost)
 
 
 def free_coordinates(blocks: Blocks, s: Floats) -> list[int]:
@@ -391,15 +267,12 @@ def free_coordinates(blocks: Blocks, s: Floats) -> list[int]:
     return [x for x, (_, d) in enumerate(blocks.theta_pairs) if s[d] > ZERO]
 
 
-def _failing(proof: Certificate) -> str:
-    parts = []
-    if not proof.gradient <= GRADIENT_LIMIT:
-        parts.append(f"scaled gradient {proof.gradient:.1e}")
-    if not proof.boundary >= -1e-6:
-        parts.append(f"a zero variance wants to grow, slope {proof.boundary:.1e}")
-    if not proof.curvature > 1e-10:
-        parts.append("the likelihood is flat in some direction")
-    return ", ".join(parts)
+def flat_bars(blocks: Blocks, at: Criterion, root: Floats) -> list[bool]:
+    """For each bar, whether the criterion does not change with its covariance at all."""
+    H = np.abs(Point.of(blocks, at, root).H)
+    rows = np.array([a for a, _ in blocks.theta_pairs])
+    own = [(rows >= block.start) & (rows < block.stop) for block in blocks.slices]
+    return [bool(H[np.ix_(bar, bar)].max() < FLAT) for bar in own]
 
 
 def starting_root(

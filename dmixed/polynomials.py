@@ -44,9 +44,11 @@ class Unknown:
     """Statistics before the pass: any numbers that keep every monomial."""
 
     def affine(self, variable: str) -> tuple[float, float]:
+        """Shift 1, scale 1."""
         return 1.0, 1.0
 
     def moments(self, polynomials: Sequence[Polynomial]) -> tuple[Floats, float]:
+        """Positive definite sums, many rows."""
         m = len(polynomials)
         return np.eye(m) + 1.0, 1e9
 
@@ -319,6 +321,8 @@ def spline_fields(node: Call) -> list[int]:
         raise FormulaError(f"{node.text}: knots must increase from lower_bound to upper_bound")
     if not isinstance(degree, int) or isinstance(degree, bool) or not 0 <= degree <= MAX_DEGREE:
         raise FormulaError(f"{node.text}: degree= must be a whole number, 0 to {MAX_DEGREE}")
+    if node.value("extrapolation", "raise") not in ("raise", "clip", "na", "zero", "extend"):
+        raise FormulaError(f"{node.text}: extrapolation= is raise, clip, na, zero or extend")
     inner = len(points) - 2
     if node.function == "bs":
         first = 0 if node.value("include_intercept", False) else 1

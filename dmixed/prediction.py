@@ -72,9 +72,7 @@ def _fitted(
     return fitted, rows.response, complete
 
 
-def population(
-    prepared: Prepared, beta: Floats, source: Source, client: Any = None
-) -> pd.Series:
+def population(prepared: Prepared, beta: Floats, source: Source, client: Any = None) -> pd.Series:
     """X beta of all rows of a source; NaN where a covariate is missing."""
     function: Callable[[Part, Any], Floats] = partial(
         _fixed_part, prepared.design, prepared.problem.fixed.kept, beta

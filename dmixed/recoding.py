@@ -16,7 +16,7 @@ from formulaic.transforms.contrasts import Contrasts, TreatmentContrasts
 from dmixed.blocks import CONSTANT, RESPONSE, Column, Floats, Level
 from dmixed.columns import check_levels
 from dmixed.errors import DataError
-from dmixed.expressions import Call, Node
+from dmixed.expressions import Call, Node, columns_of
 from dmixed.polynomials import ONE, Expansion, Polynomial, degree_of, times
 from dmixed.spec import DesignSpec, Product
 from dmixed.terms import display
@@ -53,7 +53,7 @@ class FactorLevels:
                 f"{name!r} is text in one part of the data and a number in another; "
                 "give the column one type everywhere"
             )
-        levels = sorted(self.levels)  # type: ignore[type-var]
+        levels = sorted(self.levels)
         if any(isinstance(x, float) and not x.is_integer() for x in levels):
             levels = [float(x) for x in levels]
         return tuple(levels)
@@ -130,12 +130,19 @@ class Design:
     unmet: tuple[Column, ...]
     T_unmet: Floats
 
+    @property
+    def fixed_columns(self) -> tuple[str, ...]:
+        """Data columns that the fixed terms use."""
+        inputs = self.spec.fixed_inputs
+        return tuple(dict.fromkeys(name for x in inputs for name in columns_of(x.node)))
+
     def __post_init__(self) -> None:
         k, p = len(self.columns), len(self.fixed_names)
         assert self.T_fixed.shape == (k, p)
         assert len(self.fixed_degree) == p
         assert self.t_response.shape == (k,)
         assert all(bar.T.shape == (k, len(bar.names)) for bar in self.bars)
+        assert all(column.cell for column in self.unmet)
         assert self.T_unmet.shape == (len(self.unmet), p + sum(len(b.names) for b in self.bars))
 
 
@@ -360,8 +367,7 @@ def _declared(factor: Node, name: str, met: tuple[Level, ...]) -> list[Level]:
     wanted = factor.value("levels") if isinstance(factor, Call) else None
     if wanted is None:
         return list(met)
-    if not isinstance(wanted, tuple):
-        raise DataError(f"{display(factor)}: levels= must be a list")
+    assert isinstance(wanted, tuple)  # checked when the call was read
     for level in met:
         if level not in wanted:
             raise DataError(f"{name!r} has the level {level!r}, which {display(factor)} leaves out")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from dmixed import keys, prediction
+from dmixed.executor import running
 from dmixed.fitting import Estimates, Prepared
 from dmixed.inference.random_effects import conditional_covariances, conditional_modes
 from dmixed.optimizer import OptimizeSummary
@@ -295,7 +296,7 @@ class MixedLMResults:
             )
         found = self._estimates
         return prediction.used_rows(
-            self._prepared, found.beta, self._modes, self._source, self._client
+            self._prepared, found.beta, self._modes, self._source, running(self._client)
         )
 
     def predict(self, new_data: Any = None, storage_options: Any = None) -> pd.Series:
@@ -319,7 +320,9 @@ class MixedLMResults:
         source = self._source if new_data is None else open_source(new_data, storage_options)
         if source is None:
             raise AttributeError("the rows do not travel with a stored result: give new_data")
-        return prediction.population(self._prepared, self._estimates.beta, source, self._client)
+        return prediction.population(
+            self._prepared, self._estimates.beta, source, running(self._client)
+        )
 
     # ----------------------------------------------------------------------------- presentation
 

@@ -42,6 +42,9 @@ class Category:
     node: Node
 
 
+Input: TypeAlias = Variable | Category
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """Carried columns of one set of categories.
@@ -76,6 +79,8 @@ class DesignSpec:
     inputs
         variables (the response first) and categories, in the order in which rows with missing
         values are counted
+    fixed_inputs
+        those of the fixed terms
     fixed
         products of factors that span the fixed terms
     bars
@@ -95,7 +100,8 @@ class DesignSpec:
     formula: ParsedFormula
     text_columns: frozenset[str]
     frame: Frame
-    inputs: tuple[Variable | Category, ...]
+    inputs: tuple[Input, ...]
+    fixed_inputs: tuple[Input, ...]
     fixed: tuple[Product, ...]
     bars: tuple[tuple[Product, ...], ...]
     needs: tuple[Need, ...]
@@ -131,8 +137,8 @@ class DesignSpec:
 
 def _key(spec: DesignSpec) -> tuple[object, ...]:
     """What decides the meaning of the carried columns."""
-    return (
-        *(spec.frame, spec.inputs, spec.fixed, spec.bars, spec.needs),
+    return (  # not the frame: shifts and scales may differ, moments are moved to one of them
+        *(spec.inputs, spec.fixed, spec.bars, spec.needs),
         *(spec.group, spec.weights, spec.offset),
     )
 
@@ -174,7 +180,7 @@ def specify(
     text = frozenset(x for x in formula.columns if kind_of(rows.column(x).type) == "category")
     fixed = span(formula.fixed, text)
     bars = tuple(span(bar.terms, text) for bar in formula.bars)
-    inputs, needs = _plan(formula, text, fixed, bars)
+    inputs, fixed_inputs, needs = _plan(formula, text, fixed, bars)
     values = [_pilot_values(rows, x) for x in inputs]
     for name in (weights, offset):
         if name is not None:
@@ -193,7 +199,8 @@ def specify(
         formula,
         text,
         frame,
-        tuple(inputs),
+        inputs,
+        fixed_inputs,
         fixed,
         bars,
         needs,
@@ -257,14 +264,15 @@ def _plan(
     text_columns: frozenset[str],
     fixed: Sequence[Product],
     bars: Sequence[Sequence[Product]],
-) -> tuple[list[Variable | Category], tuple[Need, ...]]:
-    """Inputs and carried columns of a formula."""
+) -> tuple[tuple[Input, ...], tuple[Input, ...], tuple[Need, ...]]:
+    """Inputs, those of the fixed terms, and carried columns of a formula."""
     expansion = Expansion(Unknown())
-    inputs: dict[Variable | Category, None] = {Variable(RESPONSE, formula.response): None}
+    inputs: dict[Input, None] = {}
     needs: dict[tuple[str, ...], dict[Monomial, bool]] = {(): {ONE: True}}
     products = [(product, False) for product in fixed]
+    fixed_inputs: tuple[Input, ...] = ()
     products += [(product, True) for bar in bars for product in bar]
-    for product, random in products:
+    for i, (product, random) in enumerate(products):
         carried: Polynomial = {ONE: 1.0}
         cells: set[str] = set()
         for factor, _ in product:
@@ -281,14 +289,20 @@ def _plan(
         need = needs.setdefault(tuple(sorted(cells)), {})
         for monomial in carried:
             need[monomial] = need.get(monomial, False) or random
+        if i == len(fixed) - 1:
+            fixed_inputs = tuple(inputs)
     for polynomial in expansion.learned:
         for monomial in polynomial:
             needs[()].setdefault(monomial, False)
     needs[()][((RESPONSE, 1),)] = False
-    return list(inputs), tuple(Need(c, tuple(m), tuple(m.values())) for c, m in needs.items())
+    return (
+        (Variable(RESPONSE, formula.response), *inputs),
+        fixed_inputs,
+        tuple(Need(c, tuple(m), tuple(m.values())) for c, m in needs.items()),
+    )
 
 
-def _pilot_values(rows: Rows, item: Variable | Category) -> Floats:
+def _pilot_values(rows: Rows, item: Input) -> Floats:
     """Values of a variable in the pilot; for a category only its type is checked."""
     if isinstance(item, Category):
         for name in columns_of(item.node):

@@ -111,10 +111,7 @@ def _operands(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
                 f"the number {token.text} cannot stand between terms; write I({token.text} * x)"
             )
         if token.kind == "name" and end < len(tokens) and tokens[end].among("("):
-            length = next((n for n, d in enumerate(depths(tokens[end:]), 1) if d == 0), None)
-            if length is None:
-                raise FormulaError(f"a parenthesis is not closed after {token.text}")
-            end += length
+            end += next(n for n, d in enumerate(depths(tokens[end:]), 1) if d == 0)
         yield tokens[i:end]
         i, previous = end, token
 

@@ -33,17 +33,16 @@ def _exp10(x: Any) -> Any:
     return np.power(10.0, x)
 
 
-_ONE = (
-    "abs absolute fabs sqrt cbrt square reciprocal negative sign floor ceil trunc rint "
-    "exp exp2 expm1 log log2 log10 log1p degrees radians deg2rad rad2deg logical_not "
-    "sin cos tan arcsin arccos arctan sinh cosh tanh arcsinh arccosh arctanh "
-    "asin acos atan asinh acosh atanh"
-).split()
-_TWO = (
-    "add subtract multiply divide true_divide floor_divide mod remainder fmod power float_power "
-    "hypot arctan2 atan2 logaddexp logaddexp2 minimum maximum fmin fmax heaviside copysign "
-    "less less_equal greater greater_equal equal not_equal logical_and logical_or logical_xor"
-).split()
+_ONE = """
+abs absolute fabs sqrt cbrt square reciprocal negative sign floor ceil trunc rint exp exp2 expm1
+log log2 log10 log1p degrees radians deg2rad rad2deg logical_not sin cos tan arcsin arccos arctan
+sinh cosh tanh arcsinh arccosh arctanh asin acos atan asinh acosh atanh
+"""
+_TWO = """
+add subtract multiply divide true_divide floor_divide mod remainder fmod power float_power hypot
+arctan2 atan2 logaddexp logaddexp2 minimum maximum fmin fmax heaviside copysign less less_equal
+greater greater_equal equal not_equal logical_and logical_or logical_xor
+"""
 _NUMPY = {  # R's and Python's names of numpy's functions (numpy 2 has most, numpy 1 has not)
     "asin": "arcsin",
     "acos": "arccos",
@@ -55,8 +54,8 @@ _NUMPY = {  # R's and Python's names of numpy's functions (numpy 2 has most, num
 }
 
 ELEMENTWISE: dict[str, Elementwise] = {
-    **{name: Elementwise(getattr(np, _NUMPY.get(name, name)), (1, 1)) for name in _ONE},
-    **{name: Elementwise(getattr(np, _NUMPY.get(name, name)), (2, 2)) for name in _TWO},
+    **{name: Elementwise(getattr(np, _NUMPY.get(name, name)), (1, 1)) for name in _ONE.split()},
+    **{name: Elementwise(getattr(np, _NUMPY.get(name, name)), (2, 2)) for name in _TWO.split()},
     "exp10": Elementwise(_exp10, (1, 1)),
     "round": Elementwise(np.round, (1, 2)),
     "around": Elementwise(np.round, (1, 2)),

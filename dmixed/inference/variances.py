@@ -87,7 +87,7 @@ def variance_estimates(
 def _direction(
     pairs: tuple[tuple[int, int], ...], left: Floats, root: Floats, c: int, d: int
 ) -> list[float]:
-    """dPsi / dDelta_cd over the pairs."""
+    """DPsi / dDelta_cd over the pairs."""
     D = np.outer(left[:, c], root[:, d])
     return [float(D[a, b] + D[b, a]) for a, b in pairs]
 
@@ -96,7 +96,9 @@ def _inverse(H: Floats) -> Floats:
     """Inverse of a positive definite matrix scaled by its diagonal; NaN if it is not."""
     if not len(H):
         return H
-    scale = np.sqrt(np.maximum(np.diag(H), np.finfo(float).tiny))
+    if not (np.diag(H) > 0).all():
+        return np.full_like(H, np.nan)
+    scale = np.sqrt(np.diag(H))
     w, V = np.linalg.eigh(H / np.outer(scale, scale))
     if w[0] <= 1e-12:
         return np.full_like(H, np.nan)

@@ -54,10 +54,7 @@ def check(ours: dmixed.MixedLMResults, theirs: Any) -> None:
     np.testing.assert_allclose(ours.bse_fe, theirs.se, rtol=1e-3)
     np.testing.assert_allclose(ours.scale, theirs.dispersion, rtol=1e-3)
     (cov,) = (frame.to_numpy() for frame in ours.varcorr().values())
-    sd = np.sqrt(np.diag(cov))
-    np.testing.assert_allclose(
-        [*sd, cov[0, 1] / sd.prod()], np.ravel(theirs.varcorr), rtol=1e-3, atol=1e-3
-    )
+    np.testing.assert_allclose(cov[[0, 1, 1], [0, 0, 1]], np.ravel(theirs.varcorr), rtol=1e-3)
 
 
 def main(arguments: list[str] | None = None) -> float:
@@ -77,8 +74,10 @@ def main(arguments: list[str] | None = None) -> float:
     check(*(fit() for fit in fits.values()))  # the warm-up of each
     seconds: dict[str, list[float]] = {name: [] for name in fits}
     for _ in range(options.runs):
-        for name, fit in fits.items():
-            seconds[name].append(timed(fit)[0])
+        timings = {name: timed(fit) for name, fit in fits.items()}
+        for name, (elapsed, _) in timings.items():
+            seconds[name].append(elapsed)
+        check(*(result for _, result in timings.values()))
     median = {name: statistics.median(all_) for name, all_ in seconds.items()}
     print(f"{options.rows:,} rows, {options.groups:,} groups, {os.cpu_count()} cores: {FORMULA}")
     for name, all_ in seconds.items():

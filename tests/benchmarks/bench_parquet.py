@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
             n_workers=options.workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address=":0",
         ) as cluster,
         Client(cluster) as client,
     ):

@@ -1,0 +1,345 @@
+"""The command line: arguments in, one call of `lmer`, text and files out.
+
+Exit status: 0 fitted, 1 error, 2 wrong usage, 3 did not converge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import dmixed
+from dmixed import example
+from dmixed.errors import ConvergenceWarning, DmixedError
+from dmixed.optimizer import SCIPY_METHODS, Step
+from dmixed.results import MixedLMResults
+
+RESULT, RANDOM_EFFECTS = "result.json", "random_effects.parquet"
+
+
+class Status(IntEnum):
+    """Exit status of every command."""
+
+    FITTED = 0
+    ERROR = 1
+    USAGE = 2
+    NOT_CONVERGED = 3
+
+
+class Missing(StrEnum):
+    """What to do with rows that have missing values."""
+
+    drop = "drop"
+    raise_ = "raise"
+    none = "none"
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Linear mixed-effects models, fitted exactly, on data of any size, on Dask.",
+    epilog="Exit status: 0 fitted, 1 error, 2 wrong usage, 3 did not converge.",
+)
+
+Out = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help=f"Write {RESULT} and {RANDOM_EFFECTS} to this new or empty local directory; "
+        "nothing is written unless the fit converges.",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command ``dmixed`` and exit with its status."""
+    app(prog_name="dmixed")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmixed {dmixed.__version__}")
+        raise typer.Exit(Status.FITTED)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command(epilog=app.info.epilog)
+def fit(
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="URI",
+            help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path.",
+        ),
+    ],
+    formula: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMULA", help="Model in lme4's spelling, such as 'y ~ x + (1 + x | g)'."
+        ),
+    ],
+    reml: Annotated[
+        bool,
+        typer.Option("--reml/--ml", help="Restricted maximum likelihood, or maximum likelihood."),
+    ] = True,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of weights: error variance sigma2 / weight."),
+    ] = None,
+    offset: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of a known addition to the fixed part."),
+    ] = None,
+    missing: Annotated[
+        Missing,
+        typer.Option(help="Rows with missing values: drop and count them, or stop with an error."),
+    ] = Missing.drop,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Dask scheduler to run on, tcp://host:port; threads of this machine by default.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A method of scipy.optimize.minimize instead of the exact Newton method.",
+        ),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Fit a model to Parquet data and print its summary."""
+    if method is not None and method not in SCIPY_METHODS:
+        raise typer.BadParameter(
+            f"{method!r} is not one of {', '.join(SCIPY_METHODS)}", param_hint="--method"
+        )
+
+    def call(**watch: Any) -> MixedLMResults:
+        with _client(scheduler) as client:
+            return dmixed.lmer(
+                formula,
+                data,
+                reml=reml,
+                weights=weights,
+                offset=offset,
+                missing=missing.value,
+                client=client,
+                method=method,
+                **watch,
+            )
+
+    result = _run(call, out)
+    typer.echo(result.summary())
+    _finish(result, out)
+
+
+@app.command(epilog=app.info.epilog)
+def demo(out: Out = None) -> None:
+    """Fit 7,185 pupils in 160 schools (bundled data) and explain what one sees."""
+
+    def call(**watch: Any) -> MixedLMResults:
+        with example.data() as path:
+            return dmixed.lmer(example.FORMULA, path, **watch)
+
+    result = _run(call, out)
+    typer.echo(example.QUESTION)
+    typer.echo(result.summary())
+    typer.echo(example.explanation(result))
+    _finish(result, out)
+
+
+# --------------------------------------------------------------------------- running a fit
+
+
+def _run(call: Callable[..., MixedLMResults], out: str | None) -> MixedLMResults:
+    """Result of a fit watched on a terminal; any error ends the program with one line."""
+    if out is not None:
+        _check_out(out)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore", ConvergenceWarning)  # told by the exit status
+        with _errors_in_one_line(), _watch() as watch:
+            result = call(**watch)
+    for warning in caught:
+        _say(f"warning: {warning.message}")
+    return result
+
+
+def _finish(result: MixedLMResults, out: str | None) -> None:
+    """Write a converged result; exit with the status of the fit."""
+    if not result.converged:
+        _say(
+            f"did not converge: {result.optimizer_summary.reason}"
+            + ("; nothing is written" if out is not None else "")
+        )
+        raise typer.Exit(Status.NOT_CONVERGED)
+    if out is not None:
+        with _errors_in_one_line():
+            write_result(result, Path(out))
+
+
+@contextmanager
+def _client(address: str | None) -> Iterator[Any]:
+    """Client of a Dask scheduler; None without an address."""
+    if address is None:
+        yield None
+        return
+    from distributed import Client  # a second of start-up that only clusters need
+
+    try:
+        client = Client(address, set_as_default=False)
+    except (OSError, ValueError) as err:
+        raise DmixedError(f"no Dask scheduler answers at {address}: {err}") from err
+    with client:
+        yield client
+
+
+@contextmanager
+def _watch() -> Iterator[dict[str, Any]]:
+    """Arguments of `lmer` that show progress on a terminal; none elsewhere."""
+    if not sys.stderr.isatty():
+        yield {}
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        rows = shown.add_task("reading", total=None)
+        steps = shown.add_task("optimising", total=None, visible=False)
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            del stage
+            shown.update(rows, completed=done, total=total)
+
+        def callback(number: int, step: Step) -> None:
+            description = f"evaluation {number}: criterion {step.value:.6f}"
+            shown.update(steps, description=description, visible=True)
+
+        yield {"progress": progress, "callback": callback}
+
+
+def _say(message: str) -> None:
+    """One line on stderr."""
+    typer.echo("dmixed: " + " ".join(message.split()), err=True)
+
+
+def _fail(message: str) -> NoReturn:
+    _say(f"error: {message}")
+    raise typer.Exit(Status.ERROR)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """End with status 1 and one line in place of a traceback."""
+    try:
+        yield
+    except (DmixedError, OSError) as err:
+        _fail(str(err))
+    except Exception as err:  # whatever a library or a worker raises
+        _fail(f"{type(err).__name__}: {err} (dmixed.lmer in Python shows where)")
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _check_out(out: str) -> None:
+    """Refuse a place that cannot take a result, before any work."""
+    if "://" in out:
+        raise typer.BadParameter(
+            f"{out} is a URI, only local directories can be written: write to one and copy it",
+            param_hint="--out",
+        )
+    with _errors_in_one_line():
+        path = Path(out).resolve()
+        if path.exists():
+            if not path.is_dir():
+                raise DmixedError(f"--out {out}: exists and is not a directory")
+            if any(path.iterdir()):
+                raise DmixedError(
+                    f"--out {out}: the directory is not empty; results are never overwritten, "
+                    "give a new directory"
+                )
+        parent = next(place for place in (path, *path.parents) if place.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+            raise DmixedError(f"--out {out}: {parent} is not a directory that can be written")
+
+
+def write_result(result: MixedLMResults, out: Path) -> None:
+    """Write ``result.json`` and ``random_effects.parquet``, all or nothing.
+
+    Parameters
+    ----------
+    result
+        what to write: `MixedLMResults.to_dict` as strict JSON (NaN and infinities are null), and
+        `MixedLMResults.ranef` with the group labels as first columns
+    out
+        a directory, new or empty. A new one appears complete, by renaming; in one that exists
+        (it may be a mount point) ``result.json`` appears last.
+
+    Raises
+    ------
+    OSError
+        the directory cannot be written; nothing is left behind
+    """
+    out = out.resolve()
+    exists = out.exists()
+    if not exists:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out if exists else out.parent))
+    try:
+        effects = result.ranef()
+        taken = set(effects.columns)
+        effects.index.names = [f"group {n}" if n in taken else n for n in effects.index.names]
+        effects.reset_index().to_parquet(staging / RANDOM_EFFECTS, index=False)
+        text = json.dumps(_strict(result.to_dict()), indent=2, allow_nan=False, ensure_ascii=False)
+        (staging / RESULT).write_text(text + "\n", encoding="utf-8")
+        if exists:
+            for name in (RANDOM_EFFECTS, RESULT):
+                (staging / name).replace(out / name)
+        else:
+            staging.chmod(0o777 & ~_umask())
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _strict(value: Any) -> Any:
+    """The value with every NaN and infinity, which JSON has not, as None."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

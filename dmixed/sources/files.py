@@ -1,0 +1,169 @@
+"""Which files a path, folder, pattern or URI names, on any storage that fsspec knows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.fs
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from dmixed.errors import DataError
+
+NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
+_WILDCARD = re.compile(r"[*?[]")
+_OTHER_FORMATS = {
+    ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".feather", ".arrow", ".ipc", ".orc",
+    ".xlsx", ".sas7bdat", ".dta", ".rds",
+}  # fmt: skip
+# Folders of table formats hold files that are no longer part of the table.
+_TABLES = {"_delta_log": "a Delta", ".hoodie": "a Hudi"}
+
+
+@dataclass(frozen=True, slots=True)
+class FileSet:
+    """Parquet files in the order of their paths.
+
+    Attributes
+    ----------
+    filesystem
+        the Arrow filesystem that opens them
+    paths
+        as the filesystem wants them
+    folders
+        for each file, the values of its ``key=value`` folders, None for hive's null folder
+    prefix
+        what messages put before a path, "s3://" or nothing
+    """
+
+    filesystem: pa.fs.FileSystem
+    paths: tuple[str, ...]
+    folders: tuple[dict[str, str | None], ...]
+    prefix: str
+
+
+class _Ranges(pa.fs.FSSpecHandler):  # type: ignore[misc]
+    """Hands Arrow's range reads to the storage as they are.
+
+    Arrow knows which bytes it needs and joins near ranges itself; fsspec's default would read
+    megabytes ahead of each, that is, columns nobody asked for.
+    """
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(self.fs.open(path, mode="rb", cache_type="none"), mode="r")
+
+
+def find_files(location: str, storage_options: Mapping[str, Any] | None = None) -> FileSet:
+    """Parquet files under a path or URI: a file, a folder with its sub-folders, or a pattern.
+
+    Files and folders whose name starts with ``_`` or ``.`` are passed over. Folders ``key=value``
+    below the path given, or below a pattern's first wildcard, are columns.
+
+    Raises
+    ------
+    DataError
+        nothing is there, it cannot be reached, or it is not a collection of Parquet files
+    """
+    options = dict(storage_options or {})
+    shown = redact(location)
+    refuse_format(location, shown)
+    try:
+        fs, root = url_to_fs(_absolute(location), **options)
+        found, base = _list(fs, root)
+    except FileNotFoundError:
+        found, base = [], ""
+    except Exception as error:  # each storage has errors of its own
+        reason = redact(f"{type(error).__name__}: {error}", options)
+        raise DataError(f"cannot reach {shown}: {reason}") from None
+    below = {path: PurePosixPath(path[len(base) :].lstrip("/")).parts for path in found}
+    _refuse_tables(below, shown)
+    paths = sorted(p for p, parts in below.items() if not any(x[0] in "_." for x in parts))
+    if not paths:
+        raise DataError(f"no Parquet file found at {shown}")
+    local = isinstance(fs, LocalFileSystem)
+    return FileSet(
+        pa.fs.LocalFileSystem() if local else pa.fs.PyFileSystem(_Ranges(fs)),
+        tuple(paths),
+        tuple(_folder_values(below[p][:-1]) for p in paths),
+        "" if local or "://" in paths[0] else location.split("://")[0] + "://",
+    )
+
+
+def refuse_format(location: str, shown: str) -> None:
+    """Refuse a path whose extension is that of another format."""
+    name = location.rstrip("/").lower().removesuffix(".gz").removesuffix(".zip")
+    extension = os.path.splitext(name)[1]
+    if extension in _OTHER_FORMATS:
+        raise DataError(
+            f"{shown}: paths are read as Parquet, not {extension}; read it into a DataFrame first"
+        )
+
+
+def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
+    """Text without the credentials that URIs and storage options may hold."""
+    text = re.sub(r"(?<=://)[^/@\s]*@", "", text)
+    text = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text)
+    for secret in _secrets(options or {}):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets(value: Any) -> list[str]:
+    """Texts in storage options that a message must not repeat."""
+    if isinstance(value, Mapping):
+        return [s for k, v in value.items() if "endpoint" not in str(k) for s in _secrets(v)]
+    return [value] if isinstance(value, str) and len(value) > 3 else []
+
+
+def _absolute(location: str) -> str:
+    """Return a URI as it is, a path from the root."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
+def _list(fs: Any, root: str) -> tuple[list[str], str]:
+    """Files at a path or pattern, and the folder below which names are looked at."""
+    try:
+        entry = fs.info(root)  # unlike `exists`, this lets a refusal through
+    except FileNotFoundError:
+        wildcard = _WILDCARD.search(root)
+        if wildcard is None:
+            raise
+        base = root[: wildcard.start()].rpartition("/")[0]
+        matched = fs.glob(root, detail=True).values()
+        return [p for entry in matched for p in _files(fs, entry)], base
+    if entry["type"] == "file":
+        return [entry["name"]], entry["name"].rpartition("/")[0]
+    return _files(fs, entry), entry["name"]
+
+
+def _files(fs: Any, entry: Mapping[str, Any]) -> list[str]:
+    """Return the file itself, or all files below a folder."""
+    if entry["type"] == "file":
+        return [entry["name"]]
+    return [p for p in fs.find(entry["name"]) if not p.endswith("/")]
+
+
+def _refuse_tables(below: Mapping[str, tuple[str, ...]], shown: str) -> None:
+    """Refuse folders of a table format, whose files must not all be read."""
+    for parts in below.values():
+        kinds = [_TABLES[x] for x in parts if x in _TABLES]
+        if parts and parts[-1].endswith(".metadata.json"):
+            kinds.append("an Iceberg")
+        if kinds:
+            raise DataError(
+                f"{shown} is {kinds[0]} table, some of whose files may be out of date; "
+                "open it with its own library and pass a pyarrow Dataset or a DataFrame"
+            )
+
+
+def _folder_values(folders: tuple[str, ...]) -> dict[str, str | None]:
+    """Values of the ``key=value`` folders of a path."""
+    pairs = [folder.split("=", 1) for folder in folders if "=" in folder]
+    return {unquote(k): None if v == NULL_FOLDER else unquote(v) for k, v in pairs}

@@ -1,0 +1,110 @@
+"""Data in memory: pandas and polars frames, Arrow tables, and whatever exports an Arrow stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from dmixed.errors import DataError
+from dmixed.sources.base import Part, check_columns, rows_per_part
+from dmixed.sources.frames import arrow_from_pandas, arrow_from_polars
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySource:
+    """A table in memory, converted to Arrow once and cut into slices.
+
+    Attributes
+    ----------
+    kind, columns
+        see `Source`
+    convert
+        columns asked for -> Arrow Table
+    labels
+        row labels, or None
+    """
+
+    kind: str
+    columns: tuple[str, ...]
+    convert: Callable[[Sequence[str]], pa.Table]
+    labels: pd.Index | None = None
+    _converted: dict[tuple[str, ...], pa.Table] = field(default_factory=dict, repr=False)
+
+    def head(self, columns: Sequence[str], rows: int) -> pa.Table:
+        """Evenly strided sample."""
+        table = self._table(columns)
+        stride = -(-len(table) // max(rows, 1))
+        return table.take(pa.array(np.arange(0, len(table), max(stride, 1))))
+
+    def parts(self, columns: Sequence[str]) -> list[Part]:
+        """Slices; they share the memory of the whole."""
+        table = self._table(columns)
+        step = rows_per_part(table.num_columns)
+        slices = [table.slice(i, step) for i in range(0, max(len(table), 1), step)]
+        return [
+            Part(f"rows {i * step}-{i * step + len(s) - 1}", len(s), Slice(s), tuple(columns))
+            for i, s in enumerate(slices)
+        ]
+
+    def index(self) -> pd.Index | None:
+        """Row labels, if the data is a pandas DataFrame."""
+        return self.labels
+
+    def _table(self, columns: Sequence[str]) -> pa.Table:
+        """Return the columns as Arrow; the last conversion is kept."""
+        wanted = check_columns(columns, self.columns)
+        if wanted not in self._converted:
+            self._converted.clear()
+            self._converted[wanted] = self.convert(wanted)
+        return self._converted[wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Task of a part in memory."""
+
+    table: pa.Table
+
+    def __call__(self) -> pa.Table:
+        """Return the rows."""
+        return self.table
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickling a slice of an Arrow table sends all of the table; Arrow's own stream does not.
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.table.schema) as stream:
+            stream.write_table(self.table)
+        return _unpickle, (sink.getvalue(),)
+
+
+def _unpickle(buffer: pa.Buffer) -> Slice:
+    """Restore a slice from its stream."""
+    return Slice(pa.ipc.open_stream(buffer).read_all())
+
+
+def pandas_source(data: pd.DataFrame) -> MemorySource:
+    """Source from a pandas DataFrame, whose index is kept as row labels."""
+    return MemorySource(
+        "pandas", tuple(data.columns), lambda names: arrow_from_pandas(data, names), data.index
+    )
+
+
+def polars_source(data: Any) -> MemorySource:
+    """Source from a polars DataFrame or LazyFrame, which is collected, its needed columns only."""
+    lazy = hasattr(data, "collect_schema") and hasattr(data, "collect")
+    names = data.collect_schema().names() if lazy else data.columns
+    return MemorySource("polars", tuple(names), lambda names: arrow_from_polars(data, names))
+
+
+def arrow_source(data: Any) -> MemorySource:
+    """Source from an Arrow Table or RecordBatch, or an object that exports an Arrow stream."""
+    try:
+        table = data if isinstance(data, pa.Table) else pa.table(data)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise DataError(f"data of type {type(data).__name__} is not a table: {error}") from error
+    return MemorySource("arrow", tuple(table.column_names), table.select)
