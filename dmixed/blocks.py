@@ -111,7 +111,8 @@ class DesignBlock:
         n = len(self.group)
         assert len(self.columns) == len(self.recipes)
         assert self.columns[self.random[0]] == CONSTANT
-        assert all(len(v) == n for v in (*self.values, *self.cells))
+        assert all(len(v) == n for v in self.values)
+        assert all(len(c) == n for c in self.cells)
         assert len(self.values) == len(self.frame.names)
         assert self.weights is None or len(self.weights) == n
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import numpy as np
+
 from dmixed import keys
-from dmixed.design import Design, DesignSpec, FactorLevels, block, learn, merge_levels
+from dmixed.design import Batch, Design, DesignSpec, FactorLevels, block, learn, merge_levels
 from dmixed.errors import DataError
-from dmixed.moments import GroupMoments, accumulate, combine
+from dmixed.moments import Accumulator, GroupMoments, combine
 from dmixed.sources import Part, load
 
 
@@ -56,11 +58,69 @@ class Moments:
         return merge([self, other])
 
 
-def part_moments(spec: DesignSpec, part: Part, row0: int, value: Any = None) -> Moments:
-    """Moments of one part of a source; ``value`` is the frame if Dask made it."""
-    table = load(part, value)
-    batch = block(spec, table, row0, part.name)
-    return Moments(spec, batch.levels, batch.labels, accumulate(batch.block), batch.dropped)
+def parts_moments(
+    spec: DesignSpec, parts: Sequence[tuple[Part, int]], value: Any = None
+) -> Moments:
+    """Moments of some parts of a source, read one after the other into one state.
+
+    Parameters
+    ----------
+    parts
+        each with the number of its first row
+    value
+        the frame, if Dask made it (then there is one part)
+    """
+    finished: list[Moments] = []
+    state: _State | None = None
+    for part, row0 in parts:
+        batch = block(spec, load(part, value), row0, part.name)
+        if state is not None and not state.sums.fits(batch.block):  # other levels: other columns
+            finished.append(state.moments(spec))
+            state = None
+        if state is None:
+            state = _State(batch)
+        state.add(batch)
+    assert state is not None
+    return merge([*finished, state.moments(spec)])
+
+
+class _State:
+    """Moments under way: sums, and the labels of the groups met so far."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.sums = Accumulator(batch.block)
+        self.labels: keys.Labels | None = None
+        self.levels: dict[str, FactorLevels] = {}
+        self.dropped: dict[str, int] = {}
+
+    def add(self, batch: Batch) -> None:
+        """Add a batch whose columns fit."""
+        if self.labels is None:
+            self.labels, positions = batch.labels, np.arange(len(batch.labels))
+        else:
+            # the union starts with the labels already held, so their positions stay
+            self.labels, (_, positions) = keys.align([self.labels, batch.labels])
+        self.sums.add(batch.block, positions, len(self.labels))
+        self.levels = _merged_levels([self.levels or batch.levels, batch.levels])
+        self.dropped = _added([self.dropped, batch.dropped])
+
+    def moments(self, spec: DesignSpec) -> Moments:
+        """What was added."""
+        assert self.labels is not None
+        group = self.sums.moments(len(self.labels))
+        return Moments(spec, self.levels, self.labels, group, self.dropped)
+
+
+def _merged_levels(parts: Sequence[Mapping[str, FactorLevels]]) -> dict[str, FactorLevels]:
+    return {factor: reduce(merge_levels, (part[factor] for part in parts)) for factor in parts[0]}
+
+
+def _added(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in parts:
+        for reason, rows in part.items():
+            total[reason] = total.get(reason, 0) + rows
+    return total
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
@@ -82,12 +142,6 @@ def merge(parts: Sequence[Moments]) -> Moments:
             )
     labels, positions = keys.align([part.labels for part in parts])
     group = combine([part.group for part in parts], positions, len(labels))
-    levels = {
-        factor: reduce(merge_levels, (part.levels[factor] for part in parts))
-        for factor in first.levels
-    }
-    dropped: dict[str, int] = {}
-    for part in parts:
-        for reason, rows in part.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + rows
+    levels = _merged_levels([part.levels for part in parts])
+    dropped = _added([part.dropped for part in parts])
     return Moments(first.spec, levels, labels, group, dropped)

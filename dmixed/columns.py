@@ -157,10 +157,9 @@ class Rows:
 
     def missing(self, name: str) -> NDArray[np.bool_] | None:
         """(n,) where a column is missing; None if nowhere."""
-        type_ = self.column(name).type
-        if kind_of(type_) == "category" and not pa.types.is_boolean(type_):
-            bad = self.factor(Name(name, name)).codes < 0
-            return bad if bad.any() else None
+        column = self.column(name)
+        if kind_of(column.type) == "category" and not pa.types.is_boolean(column.type):
+            return column.is_null().to_numpy() if column.null_count else None
         return not_finite(self.number(name))
 
     def variable(self, variable: Variable) -> Floats:
@@ -207,14 +206,13 @@ class Rows:
         raise AssertionError(node)
 
     def _equals(self, name: Name, text: str, operator: str) -> Floats:
-        """1 where a column of categories equals a string, else 0; NaN where it is missing."""
-        factor = self.factor(name)
-        if kind_of(self.column(name.column).type) == "number":
-            raise DataError(f"column {name.column!r} holds numbers{self.place}, not {text!r}")
-        equal = np.array([level == text for level in factor.levels] + [False])
-        result = (equal if operator == "==" else ~equal).astype(np.float64)
-        result[-1] = np.nan
-        return result[factor.codes]
+        """1 where a column equals a string (or does not), else 0; NaN where it is missing."""
+        column = self.column(name.column)
+        decoded = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if kind_of(decoded) != "category" or pa.types.is_boolean(decoded):
+            raise DataError(f"column {name.column!r} has type {decoded}{self.place}, not text")
+        compare = pc.equal if operator == "==" else pc.not_equal
+        return _floats(compare(column.cast(pa.large_string()), text))
 
     def _own(self, name: str, text: str, values: list[Any]) -> Any:
         """Result of a function of the caller's, checked to be one number per row."""
@@ -317,7 +315,8 @@ def _distinct(codes: Codes, dictionary: pa.Array, declared: bool) -> Factor:
     if pa.types.is_decimal(dictionary.type):
         dictionary = dictionary.cast(pa.float64())
     if pa.types.is_floating(dictionary.type):
-        dictionary = pc.if_else(pc.is_finite(dictionary), pc.add(dictionary, 0.0), None)
+        dictionary = pc.add(dictionary.cast(pa.float64()), 0.0)  # -0.0 becomes 0.0
+        dictionary = pc.if_else(pc.is_finite(dictionary), dictionary, None)
     levels: dict[Level, int] = {}
     values = dictionary.to_pylist()
     positions = [-1 if v is None else levels.setdefault(v, len(levels)) for v in values]

@@ -87,7 +87,7 @@ class Blocks:
 
 def _lower(root: Floats) -> Floats:
     """Lower-triangular L with non-negative diagonal and L L' = root root'."""
-    L = np.linalg.qr(root.T, mode="r").T
+    L = np.asarray(np.linalg.qr(root.T, mode="r")).T
     sign = np.where(np.diag(L) < 0, -1.0, 1.0)
     return L * sign + 0.0
 

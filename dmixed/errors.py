@@ -10,7 +10,7 @@ class FormulaError(DmixedError, ValueError):
 
 
 class NotSupportedError(FormulaError):
-    """The model is well formed, but this version cannot fit it; the message says what is missing."""
+    """A well-formed model that this version cannot fit yet; the message says what is missing."""
 
 
 class DataError(DmixedError, ValueError):

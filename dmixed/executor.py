@@ -1,7 +1,7 @@
 """The only module that moves things between threads, processes and machines.
 
-The pass is a graph of pure tasks: one task per part of the source makes its moments, and a tree
-whose shape depends on the number of parts alone adds them, eight at a time; no row is shuffled,
+The pass is a graph of pure tasks: each task makes the moments of a run of parts, and a tree
+whose shape depends on the number of parts alone adds them, four at a time; no row is shuffled,
 and what arrives is one `Moments`. Evaluations walk fixed slices of groups in threads and add the
 terms in order.
 """
@@ -9,11 +9,14 @@ terms in order.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import dask
 from dask.callbacks import Callback
@@ -21,7 +24,7 @@ from dask.delayed import Delayed, delayed
 from threadpoolctl import threadpool_limits
 
 from dmixed.blocks import Floats
-from dmixed.collect import Moments, merge, part_moments
+from dmixed.collect import Moments, merge, parts_moments
 from dmixed.design import DesignSpec
 from dmixed.errors import DmixedError
 from dmixed.factors import Factors
@@ -32,7 +35,10 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("pass", "fit"), how much is done, and of how much (None: unknown)."""
 
-SPLIT_EVERY = 8
+TASKS, TASK_ROWS = 8, 64_000_000
+"""The pass has `TASKS` tasks for every `TASK_ROWS` rows."""
+
+SPLIT_EVERY = 4
 """States added by one task of the tree."""
 
 RETRIES = 3
@@ -72,24 +78,43 @@ def collect(
         from the parts, naming the file or partition
     """
     parts = source.parts(spec.columns)
-    starts = _starts(parts)
-    tasks = [
-        _task(partial(part_moments, spec, part, row0), part, "dmixed-moments")
-        for part, row0 in zip(parts, starts, strict=True)
-    ]
+    numbered = list(zip(parts, _starts(parts), strict=True))
+    tasks = [_moments_task(spec, numbered[run.start : run.stop]) for run in _runs(parts)]
     return compute(_tree(tasks), client, progress, len(tasks))
+
+
+def _moments_task(spec: DesignSpec, parts: Sequence[tuple[Part, int]]) -> Delayed:
+    """Moments of some parts in one task."""
+    return _task(partial(parts_moments, spec), parts, "dmixed-moments")
+
+
+def _runs(parts: Sequence[Part]) -> list[range]:
+    """Neighbouring parts that one task reads into one state: set by the data alone.
+
+    Eight tasks for every 64 million rows. Frames that Dask makes come one at a time: a task
+    would hold all those it waits for.
+    """
+    n = len(parts)
+    rows = sum(part.rows or 0 for part in parts)
+    tasks = min(n, TASKS * max(1, math.ceil(rows / TASK_ROWS)))
+    if any(isinstance(part.task, Delayed) for part in parts):
+        tasks = n
+    ends = [round(n * (i + 1) / tasks) for i in range(tasks)]
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def each_part(
     function: Callable[[Part, Any], T], parts: Sequence[Part], client: Any = None
 ) -> list[T]:
     """``function(part, value)`` of every part, in order; ``value`` is Dask's frame if any."""
-    tasks = [_task(partial(_swapped, function, part), part, "dmixed-rows") for part in parts]
+    tasks = [_task(partial(_one, function), [(part, 0)], "dmixed-rows") for part in parts]
     return list(compute(delayed(list)(tasks), client))
 
 
-def _swapped(function: Callable[[Part, Any], T], part: Part, value: Any = None) -> T:
-    return function(part, value)
+def _one(
+    function: Callable[[Part, Any], T], parts: Sequence[tuple[Part, int]], value: Any = None
+) -> T:
+    return function(parts[0][0], value)
 
 
 def _starts(parts: Sequence[Part]) -> list[int]:
@@ -101,24 +126,14 @@ def _starts(parts: Sequence[Part]) -> list[int]:
     return starts
 
 
-def _task(function: Callable[..., T], part: Part, name: str) -> Delayed:
-    """Delayed call of ``function()``, or of ``function(frame)`` where Dask makes the frame."""
-    if isinstance(part.task, Delayed):
-        without = Part(part.name, part.rows, None, part.columns)
-        function = partial(function.func, *_replaced(function.args, part, without))  # type: ignore[attr-defined]
-        return delayed(function, name=None, pure=False)(part.task, dask_key_name=_key(name))
-    return delayed(function, pure=False)(dask_key_name=_key(name))
-
-
-def _replaced(args: Iterable[Any], old: Part, new: Part) -> Iterator[Any]:
-    """Arguments with a part's own graph taken out: it must not travel inside the task."""
-    return (new if value is old else value for value in args)
-
-
-def _key(name: str) -> str:
-    from uuid import uuid4
-
-    return f"{name}-{uuid4().hex}"
+def _task(function: Callable[..., T], parts: Sequence[tuple[Part, int]], name: str) -> Delayed:
+    """Delayed ``function(parts)``, or ``function([part], frame)`` where Dask makes the frame."""
+    key = f"{name}-{uuid4().hex}"
+    frame = parts[0][0].task
+    if not isinstance(frame, Delayed):
+        return delayed(partial(function, parts), pure=False)(dask_key_name=key)
+    bare = [(replace(part, task=None), row0) for part, row0 in parts]  # the graph stays outside
+    return delayed(partial(function, bare), pure=False)(frame, dask_key_name=key)
 
 
 def _tree(tasks: list[Delayed]) -> Delayed:
@@ -126,7 +141,7 @@ def _tree(tasks: list[Delayed]) -> Delayed:
     add_up = delayed(_merge_all, pure=False)
     while len(tasks) > 1:
         tasks = [
-            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=_key("dmixed-merge"))
+            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=f"dmixed-merge-{uuid4().hex}")
             for i in range(0, len(tasks), SPLIT_EVERY)
         ]
     return tasks[0]
@@ -136,11 +151,11 @@ def _merge_all(*parts: Moments) -> Moments:
     return merge(parts)
 
 
-class _Counter(Callback):  # type: ignore[misc]
+class _Counter(Callback):
     """Tells how many parts of the pass are done, on Dask's local schedulers."""
 
     def __init__(self, progress: Progress, total: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.progress, self.total, self.done = progress, total, 0
 
     def _posttask(self, key: Any, *_: Any) -> None:

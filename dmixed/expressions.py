@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from dmixed.errors import FormulaError
-from dmixed.tokens import Token, depths, shown, spelled
+from dmixed.tokens import Token, depths, quoted, shown, spelled
 from dmixed.vocabulary import CONTRASTS, ELEMENTWISE, MEANT, REFUSED, STRUCTURED
 
 MAX_TOKENS = 600
@@ -393,8 +393,7 @@ def columns_of(node: Node) -> tuple[str, ...]:
 def _word(token: Token) -> str:
     """How a word is written in canonical text."""
     if token.kind == "quoted":
-        simple = token.text.isidentifier() and token.text.isascii()
-        return token.text if simple and token.text not in _KEYWORDS else f"`{token.text}`"
+        return quoted(token.text)
     return repr(_unquote(token.text)) if token.kind == "string" else token.text
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from dmixed.errors import DataError, FormulaError, NotSupportedError
 from dmixed.expressions import Call, Name, Node, columns_of
-from dmixed.polynomials import Expansion, Unknown, names_constant
+from dmixed.polynomials import Expansion, Unknown, with_pi
 from dmixed.terms import Term, display, read_factor, read_terms
-from dmixed.tokens import Token, depths, shown, spelled, tokenize
+from dmixed.tokens import Token, depths, quoted, shown, spelled, tokenize
 from dmixed.vocabulary import STRUCTURED
 
 
@@ -164,6 +164,8 @@ def parse_parts(
             f"the formula {shown(fixed)} has a bar; give either the bar, or groups and re_formula"
         )
     group = (groups,) if isinstance(groups, str) else tuple(groups)
+    if not group:
+        raise FormulaError("groups must name at least one column")
     inside = tokenize("1" if re_formula is None else re_formula)
     if inside and inside[0].among("~"):
         inside = inside[1:]
@@ -180,8 +182,8 @@ def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token
     if not isinstance(text, str):
         raise FormulaError(f"a formula is text, not {type(text).__name__}")
     for name in context:
-        if name in STRUCTURED or not name.isidentifier():
-            raise FormulaError(f"context: {shown(name)} cannot be the name of a function")
+        if name in STRUCTURED or not str(name).isidentifier():
+            raise FormulaError(f"context: {shown(str(name))} cannot be the name of a function")
     tokens = tokenize(text)
     cuts = [i for i, t in enumerate(tokens) if t.among("~")]
     if len(cuts) != 1:
@@ -242,8 +244,8 @@ def _check(response: Node, terms: Sequence[Term]) -> None:
 
 
 def _with_pi(factor: Node, available: Collection[str]) -> Node:
-    """`names_constant` for a factor: alone, `pi` is a column."""
-    return factor if isinstance(factor, Name) else names_constant(factor, available)
+    """`with_pi` for a factor: alone, `pi` is a column."""
+    return factor if isinstance(factor, Name) else with_pi(factor, available)
 
 
 def _resolved(term: Term, available: Collection[str]) -> Term:
@@ -314,7 +316,8 @@ def _read_bar(inside: list[Token], context: Collection[str]) -> list[Bar]:
 def _bar_text(terms: Sequence[Term], group: Sequence[str]) -> str:
     """A bar as lme4 writes it; 0 says that there is no intercept."""
     words = [t.text for t in terms]
-    return f"({' + '.join(words if '1' in words else ['0', *words])} | {':'.join(group)})"
+    key = ":".join(quoted(name) for name in group)
+    return f"({' + '.join(words if '1' in words else ['0', *words])} | {key})"
 
 
 def _group(tokens: list[Token], bar: str) -> tuple[str, ...]:

@@ -170,7 +170,7 @@ def criterion(factors: Factors, terms: ProfileTerms, reml: bool) -> Criterion:
     """
     p, df = factors.p, degrees_of_freedom(factors, reml)
     FtHiF = factors.Fw + terms.UtU
-    chol = np.linalg.cholesky(FtHiF)
+    chol = np.asarray(np.linalg.cholesky(FtHiF), dtype=np.float64)
     pivots = np.diag(chol)
     log_x = 2.0 * float(np.log(pivots[:p]).sum())
     log_rss = 2.0 * float(np.log(pivots[p] * factors.y_scale))
@@ -305,4 +305,5 @@ def scoring_step(factors: Factors, at: Criterion, sigma2: float | None) -> Float
         right[x] = twice * (float(v @ terms.QtQ[a, :, b, :] @ v) / sigma2 - terms.P[a, b])
         for y in range(m):
             information[x, y] = -_second(terms, (a, b), pairs[y])[0]
-    return np.linalg.lstsq(information, right, rcond=1e-13)[0]
+    step = np.linalg.lstsq(information, right, rcond=1e-13)[0]
+    return np.asarray(step, dtype=np.float64)

@@ -110,7 +110,7 @@ class MixedLM:
         self.formula: ParsedFormula = formula
         self.client = find_client(client)
         self.source: Source = open_source(data, storage_options)
-        self._options = {**names, "missing": missing, "context": context}
+        self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
         self.progress: Progress | None = None
 
     @cached_property
@@ -246,7 +246,7 @@ def lmer(
     >>> result.converged
     True
     >>> result.fe_params.round(1).to_dict()
-    {'Intercept': 1.2, 'x': 2.0}
+    {'Intercept': 1.0, 'x': 2.1}
     """
     model = MixedLM._of(
         parse(formula, context or ()),

@@ -32,6 +32,11 @@ class Objective(Protocol):
         """Sizes of the bars' blocks."""
         ...
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations so far."""
+        ...
+
     def at(self, root: Floats) -> Criterion | None:
         """Criterion at a root of Psi, None where it is not defined."""
         ...
@@ -52,6 +57,7 @@ class Point:
 
     @classmethod
     def of(cls, blocks: Blocks, at: Criterion, root: Floats) -> Point:
+        """Point at a root, with the derivatives of the criterion there."""
         V, s = rebase(blocks, root)
         g, H, G = root_derivatives(blocks, at.gradient, at.hessian, V, V * s)
         size = np.array([max(s[c], 1.0) for c, _ in blocks.theta_pairs])
@@ -163,13 +169,13 @@ def minimize_rebased(
         if radius < 1e-13:
             reason = "the trust region shrank to nothing"
             break
-    return OptimizeResult(
+    return OptimizeResult(  # type: ignore[call-arg]
         x=blocks.theta(point.root),
         root=point.root,
         fun=point.at.value,
         jac=point.g,
         success=success,
         message=reason,
-        nfev=len(objective.path),
+        nfev=objective.evaluations,
         nit=_iteration + 1,
     )

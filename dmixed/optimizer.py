@@ -174,6 +174,11 @@ class Objective:
             self._recent.pop(next(iter(self._recent)))
         return found
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations so far."""
+        return len(self.path)
+
     def value(self, theta: Floats) -> float:
         """Criterion at theta."""
         found = self.at(self.blocks.root(theta))
@@ -213,13 +218,13 @@ def optimize(
     blocks = objective.blocks
     x0 = blocks.theta(root)
     if method is None or method == "newton":
-        found = minimize(
-            objective.value, x0, method=minimize_rebased,  # type: ignore[call-overload]
-            options={"objective": objective, "root": root},
-        )  # fmt: skip
+        run: Any = minimize_rebased
+        options: Any = {"objective": objective, "root": root}
+        found: Any = minimize(objective.value, x0, method=run, options=options)
         root, name = found.root, "newton"
     else:
-        found = minimize(objective.value, x0, method=method, **_derivatives(objective, method))
+        given: Any = _derivatives(objective, method) | {"method": method}
+        found = minimize(objective.value, x0, **given)
         root, name = blocks.root(np.asarray(found.x)), method
     at = objective.at(root)
     if at is None:

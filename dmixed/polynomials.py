@@ -18,6 +18,7 @@ import numpy as np
 from dmixed.blocks import Floats
 from dmixed.errors import DataError, FormulaError
 from dmixed.expressions import Call, Literal, Name, Node, Operation, constant, walk
+from dmixed.tokens import quoted
 from dmixed.vocabulary import STRUCTURED
 
 Monomial: TypeAlias = tuple[tuple[str, int], ...]
@@ -118,7 +119,7 @@ class Expansion:
             return {ONE: value}
         match node:
             case Name():
-                return self._variable(Variable(variable_name(node), node))
+                return self._variable(Variable(quoted(node.column), node))
             case Literal():
                 raise FormulaError(f"{node.text} is not a number")
             case Operation(operator=operator, operands=operands):
@@ -233,7 +234,7 @@ class Expansion:
             inverse = np.linalg.inv(np.linalg.cholesky(gram)).T
         except np.linalg.LinAlgError:
             raise DataError(
-                f"{node.text}: there are not enough different values for degree {degree}"
+                f"{node.text}: the values do not differ enough for degree {degree}"
             ) from None
         columns = []
         for i in range(1, degree + 1):
@@ -330,27 +331,21 @@ def spline_fields(node: Call) -> list[int]:
     return list(range(1, inner + (2 if node.function == "cc" else 3)))
 
 
-def names_constant(node: Node, columns: Collection[str]) -> Node:
+def with_pi(node: Node, columns: Collection[str]) -> Node:
     """The expression with `pi` replaced by the number, unless the data have such a column."""
     match node:
         case Name(column="pi", text="pi") if "pi" not in columns:
             return Literal(math.pi, "pi")
         case Operation(operator=operator, operands=operands, text=text):
-            return Operation(operator, tuple(names_constant(x, columns) for x in operands), text)
+            return Operation(operator, tuple(with_pi(x, columns) for x in operands), text)
         case Call(function=function, options=options, arguments=arguments, text=text):
             return Call(
                 function,
-                tuple((key, names_constant(value, columns)) for key, value in options),
-                tuple(names_constant(x, columns) for x in arguments),
+                tuple((key, with_pi(value, columns)) for key, value in options),
+                tuple(with_pi(x, columns) for x in arguments),
                 text,
             )
     return node
-
-
-def variable_name(node: Name) -> str:
-    """Name of a column as a variable, the same however it was quoted."""
-    simple = node.column.isidentifier() and node.column.isascii()
-    return node.column if simple else f"`{node.column}`"
 
 
 def _argument(node: Call, name: str) -> Node:

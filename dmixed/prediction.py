@@ -64,7 +64,9 @@ def _fitted(
     value: Any,
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     rows = matrix(design, load(part, value), part.name, response=True)
-    assert rows.codes is not None and rows.labels is not None and rows.response is not None
+    assert rows.codes is not None
+    assert rows.labels is not None
+    assert rows.response is not None
     position = np.append(keys.lookup(labels, rows.labels), -1)[rows.codes]
     complete = rows.complete & (position >= 0)
     fitted = rows.offset + rows.X[:, list(kept)] @ beta

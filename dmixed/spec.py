@@ -26,9 +26,9 @@ from dmixed.polynomials import (
     Variable,
     plus,
     times,
-    variable_name,
 )
 from dmixed.terms import Term
+from dmixed.tokens import quoted
 
 Product: TypeAlias = tuple[tuple[Node, bool], ...]
 """Factors, each with all its columns or (True) reduced by one, as by contrasts."""
@@ -219,7 +219,7 @@ def _category(factor: Node, text_columns: frozenset[str]) -> Category | None:
             return None
         data = factor
     if isinstance(data, Name):
-        return Category(variable_name(data), Name(data.column, data.column))
+        return Category(quoted(data.column), Name(data.column, data.column))
     return Category(data.text, data)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -118,7 +118,7 @@ def _dropped_count(result: MixedLMResults) -> str:
     return f" used, {dropped:,} dropped" if dropped else ""
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
     """Six significant digits, empty where there is no value."""
     return "" if np.isnan(value) else f"{value:.6g}"
 

@@ -80,6 +80,12 @@ def spelled(tokens: Sequence[Token]) -> str:
     return re.sub(r"\s*([()\[\],])\s*", r"\1", " ".join(words)).replace(",", ", ")
 
 
+def quoted(name: str) -> str:
+    """Name of a column as a formula writes it: in backticks unless it is a plain word."""
+    plain = re.fullmatch(r"[^\W\d]\w*", name) and name not in ("True", "False", "None")
+    return name if plain else f"`{name}`"
+
+
 def depths(tokens: Sequence[Token]) -> Iterator[int]:
     """Depth of parentheses after each token."""
     depth = 0

@@ -50,6 +50,7 @@ def bars(formula: str) -> list[str]:
         ("C(f, Treatment('b'))", ["1", "C(f, Treatment('b'))"]),
         ('C(f, contr.treatment(base="b"))', ["1", "C(f, contr.treatment(base='b'))"]),
         ("C(f, Sum) + Q('a b')", ["1", "C(f, Sum)", "Q('a b')"]),
+        ("`ä` + ä + `True`", ["1", "ä", "`True`"]),
         ("I(-x + +z*2)", ["1", "I(-x + +z * 2)"]),
         ("ä*log(ﬁ)", ["1", "ä", "log(ﬁ)", "ä:log(ﬁ)"]),
         ("log (x)", ["1", "log(x)"]),
@@ -75,7 +76,7 @@ def test_fixed_terms(formula: str, terms: list[str]) -> None:
         ("(1|g) + z + (0+x|g)", ["(1 | g)", "(0 + x | g)"]),
         ("(1|a:b)", ["(1 | a:b)"]),
         ("(1|a:b) + (0+x|b:a)", ["(1 | a:b)", "(0 + x | b:a)"]),
-        ("(1|`a|b`)", ["(1 | a|b)"]),
+        ("(1|`a|b`)", ["(1 | `a|b`)"]),
         ("(I((x - 1)^2) | g)", ["(1 + I((x - 1) ** 2) | g)"]),
         ("(log(yield) + f | g)", ["(1 + log(yield) + f | g)"]),
     ],
@@ -119,7 +120,7 @@ def test_parse_parts() -> None:
     model = parse_parts("y ~ x1", "g", "~x1")
     assert [t.text for t in model.fixed] == ["1", "x1"]
     assert [bar.text for bar in model.bars] == ["(1 + x1 | g)"]
-    assert [bar.text for bar in parse_parts("y ~ 1", "my g", None).bars] == ["(1 | my g)"]
+    assert [bar.text for bar in parse_parts("y ~ 1", "my g", None).bars] == ["(1 | `my g`)"]
     assert parse_parts("y ~ 1", ["a", "b"], "0 + x").bars[0].group == ("a", "b")
     with pytest.raises(FormulaError, match="either the bar"):
         parse_parts("y ~ (1|g)", "g", None)

@@ -27,6 +27,9 @@ def values(labels: Labels) -> list:
     return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
+needs_views = pytest.mark.skipif(
+    int(pa.__version__.split(".")[0]) < 18, reason="pyarrow < 18 cannot cast string_view"
+)
 STRANGE = ["", "NA", "nan", "None", "é", "e\u0301", "日本", "a b", " a", "\U0001f600"]
 
 
@@ -43,7 +46,7 @@ class TestEncode:
         [
             pa.string(),
             pa.large_string(),
-            pa.string_view(),
+            pytest.param(pa.string_view(), marks=needs_views),
             pa.dictionary(pa.int8(), pa.string()),
             pa.dictionary(pa.int64(), pa.large_string()),
         ],
@@ -212,11 +215,10 @@ class TestAlign:
         assert [p.tolist() for p in positions] == [[0, 1], [1, 2], [], [3]]
 
     def test_text_types_are_one(self):
-        kinds = [pa.string(), pa.large_string(), pa.string_view()]
-        parts = [labels(["a", "é"], k) for k in kinds] + [labels(["a"], None)]
-        union, positions = align(parts)
+        kinds = [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
+        union, positions = align([labels(pa.array(["a", "é"]).cast(k)) for k in kinds])
         assert values(union) == ["a", "é"]
-        assert [p.tolist() for p in positions] == [[0, 1]] * 3 + [[0]]
+        assert [p.tolist() for p in positions] == [[0, 1]] * 3
 
     def test_floats_in_every_batch_stay_floats(self):
         union, _ = align([labels([1.0]), labels([2.0])])

@@ -87,7 +87,7 @@ def best_known(model, data, own, seed):
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # rivals may stumble; we only want their best
             minimize(part(0), start, jac=part(1), hess=hess, method=method,
-                     options={"gtol": 1e-9, "maxiter": 80})  # fmt: skip
+                     options={"gtol": 1e-9, "maxiter": 50})  # fmt: skip
     return lowest[0]
 
 

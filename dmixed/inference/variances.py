@@ -59,7 +59,7 @@ def variance_estimates(
     kept = {coordinates[x][1] for x in free}
     zero = tuple(d not in kept for d in range(blocks.q))
     s = np.where(zero, 0.0, s)
-    left = np.linalg.solve(natural, V)
+    left = np.asarray(np.linalg.solve(natural, V), dtype=np.float64)
     user_root = left * s
     Psi = user_root @ user_root.T
     J, J_natural = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import dask
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from dask import delayed
@@ -62,17 +62,23 @@ class DaskSource:
     def _select(self, columns: Sequence[str]) -> dd.DataFrame:
         """Return the frame with the columns asked for only."""
         selected = self.data[list(check_columns(columns, self.columns))]
-        booleans = [name for name, dtype in selected.dtypes.items() if dtype == np.bool_]
-        if not booleans:
-            return selected
-        return selected.map_partitions(_parse_booleans, booleans, enforce_metadata=False)
+        kinds = {
+            name: dtype.kind for name, dtype in selected.dtypes.items() if dtype.kind in "biuf"
+        }
+        return selected.map_partitions(_parse, kinds, enforce_metadata=False) if kinds else selected
 
 
-def _parse_booleans(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Booleans again, where nulls made objects of them and Dask text of the objects."""
-    text = [name for name in names if isinstance(frame[name].dtype, pd.StringDtype)]
-    parsed = {name: frame[name].map({"True": True, "False": False}) for name in text}
-    return frame.assign(**parsed)
+def _parse(frame: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFrame:
+    """Numbers and booleans again, where nulls made objects of them and Dask text of the objects."""
+    parsed = {}
+    for name, kind in kinds.items():
+        if isinstance(frame[name].dtype, pd.StringDtype):
+            for target in [pa.bool_()] if kind == "b" else [pa.int64(), pa.float64()]:
+                with suppress(pa.ArrowInvalid):
+                    values = pa.array(frame[name]).cast(target)
+                    parsed[name] = pd.Series(pd.arrays.ArrowExtensionArray(values), frame.index)
+                    break
+    return frame.assign(**parsed) if parsed else frame
 
 
 def from_partition(part: Part, frame: pd.DataFrame) -> pa.Table:
@@ -83,7 +89,8 @@ def from_partition(part: Part, frame: pd.DataFrame) -> pa.Table:
         raise DataError(f"{part.name}: {error}") from error
     # Text without a value may be the nulls of a column that is not text in other partitions.
     for i, column in enumerate(table.columns):
-        if pa.types.is_large_string(column.type) and column.null_count == len(column):
+        text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        if text and column.null_count == len(column):
             table = table.set_column(i, table.field(i).name, pa.nulls(len(column)))
     return table
 

@@ -73,9 +73,10 @@ def find_files(location: str, storage_options: Mapping[str, Any] | None = None) 
     """
     options = dict(storage_options or {})
     shown = redact(location)
-    refuse_format(location, shown)
+    _refuse_format(location, shown)
     try:
         fs, root = url_to_fs(_absolute(location), **options)
+        fs.invalidate_cache()  # fsspec would answer with what it listed earlier in this process
         found, base = _list(fs, root)
     except FileNotFoundError:
         found, base = [], ""
@@ -96,7 +97,7 @@ def find_files(location: str, storage_options: Mapping[str, Any] | None = None) 
     )
 
 
-def refuse_format(location: str, shown: str) -> None:
+def _refuse_format(location: str, shown: str) -> None:
     """Refuse a path whose extension is that of another format."""
     name = location.rstrip("/").lower().removesuffix(".gz").removesuffix(".zip")
     extension = os.path.splitext(name)[1]
@@ -128,7 +129,7 @@ def _absolute(location: str) -> str:
 
 
 def _list(fs: Any, root: str) -> tuple[list[str], str]:
-    """Files at a path or pattern, and the folder below which names are looked at."""
+    """Files at a path or pattern, and the part of their paths in which names do not matter."""
     try:
         entry = fs.info(root)  # unlike `exists`, this lets a refusal through
     except FileNotFoundError:
@@ -139,7 +140,7 @@ def _list(fs: Any, root: str) -> tuple[list[str], str]:
         matched = fs.glob(root, detail=True).values()
         return [p for entry in matched for p in _files(fs, entry)], base
     if entry["type"] == "file":
-        return [entry["name"]], entry["name"].rpartition("/")[0]
+        return [entry["name"]], entry["name"]
     return _files(fs, entry), entry["name"]
 
 
