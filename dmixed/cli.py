@@ -60,6 +60,7 @@ app = typer.Typer(
 Out = Annotated[
     str | None,
     typer.Option(
+        "--out",
         metavar="DIR",
         help=f"Write {RESULT} and {RANDOM_EFFECTS} to this new or empty local directory; "
         "nothing is written unless the fit converges.",
@@ -93,6 +94,7 @@ def fit(
     data: Annotated[
         str,
         typer.Option(
+            "--data",
             metavar="URI",
             help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path.",
         ),
@@ -100,7 +102,9 @@ def fit(
     formula: Annotated[
         str,
         typer.Option(
-            metavar="FORMULA", help="Model in lme4's spelling, such as 'y ~ x + (1 + x | g)'."
+            "--formula",
+            metavar="FORMULA",
+            help="Model in lme4's spelling, such as 'y ~ x + (1 + x | g)'.",
         ),
     ],
     reml: Annotated[
@@ -109,19 +113,27 @@ def fit(
     ] = True,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="Column of weights: error variance sigma2 / weight."),
+        typer.Option(
+            "--weights", metavar="COLUMN", help="Column of weights: error variance sigma2 / weight."
+        ),
     ] = None,
     offset: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="Column of a known addition to the fixed part."),
+        typer.Option(
+            "--offset", metavar="COLUMN", help="Column of a known addition to the fixed part."
+        ),
     ] = None,
     missing: Annotated[
         Missing,
-        typer.Option(help="Rows with missing values: drop and count them, or stop with an error."),
+        typer.Option(
+            "--missing",
+            help="Rows with missing values: drop and count them, or stop with an error.",
+        ),
     ] = Missing.drop,
     scheduler: Annotated[
         str | None,
         typer.Option(
+            "--scheduler",
             metavar="ADDRESS",
             help="Dask scheduler to run on, tcp://host:port; threads of this machine by default.",
         ),
@@ -129,6 +141,7 @@ def fit(
     method: Annotated[
         str | None,
         typer.Option(
+            "--method",
             metavar="NAME",
             help="A method of scipy.optimize.minimize instead of the exact Newton method.",
         ),
