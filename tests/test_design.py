@@ -813,7 +813,7 @@ class TestMatrix:
     def test_many_rows_are_done_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         design, _ = fit("y ~ x * f * h + (1 | g)", table(DATA))
         expected = matrix(design, table(DATA))
-        monkeypatch.setattr("dmixed.matrices.CHUNK", 7)
+        monkeypatch.setattr("dmixed.design.matrices.CHUNK", 7)
         np.testing.assert_array_equal(matrix(design, table(DATA)).X, expected.X)
 
 

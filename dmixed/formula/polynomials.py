@@ -17,9 +17,9 @@ import numpy as np
 
 from dmixed.blocks import Floats
 from dmixed.errors import DataError, FormulaError
-from dmixed.expressions import Call, Literal, Name, Node, Operation, constant, walk
-from dmixed.tokens import quoted
-from dmixed.vocabulary import STRUCTURED
+from dmixed.formula.expressions import Call, Literal, Name, Node, Operation, constant, walk
+from dmixed.formula.tokens import quoted
+from dmixed.formula.vocabulary import STRUCTURED
 
 Monomial: TypeAlias = tuple[tuple[str, int], ...]
 Polynomial: TypeAlias = dict[Monomial, float]

@@ -14,13 +14,13 @@ import numpy as np
 from formulaic.transforms.contrasts import Contrasts, TreatmentContrasts
 
 from dmixed.blocks import CONSTANT, RESPONSE, Column, Floats, Level
-from dmixed.columns import check_levels
+from dmixed.design.columns import check_levels
+from dmixed.design.spec import DesignSpec, Product
 from dmixed.errors import DataError
-from dmixed.expressions import Call, Node, columns_of
-from dmixed.polynomials import ONE, Expansion, Polynomial, degree_of, times
-from dmixed.spec import DesignSpec, Product
-from dmixed.terms import display
-from dmixed.vocabulary import CONTRASTS
+from dmixed.formula.expressions import Call, Node, columns_of
+from dmixed.formula.polynomials import ONE, Expansion, Polynomial, degree_of, times
+from dmixed.formula.terms import display
+from dmixed.formula.vocabulary import CONTRASTS
 
 MAX_COLUMNS = 2000
 

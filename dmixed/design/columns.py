@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from dmixed.blocks import Codes, Floats, Level
 from dmixed.errors import DataError
-from dmixed.expressions import Call, Literal, Name, Node, Operation
-from dmixed.polynomials import Variable
-from dmixed.vocabulary import ELEMENTWISE
+from dmixed.formula.expressions import Call, Literal, Name, Node, Operation
+from dmixed.formula.polynomials import Variable
+from dmixed.formula.vocabulary import ELEMENTWISE
 
 MAX_LEVELS = 2000
 MAX_CATEGORIES = 10_000

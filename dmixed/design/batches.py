@@ -1,9 +1,4 @@
-"""Batches of rows to blocks of carried columns.
-
-`spec.specify` decides, from a pilot sample, what every batch is turned into; `block` does it, on
-the workers; `recoding.learn` says after the pass which linear combinations of the carried columns
-are the columns of the model; `matrices.matrix` evaluates those.
-"""
+"""Batches of rows to blocks of carried columns; runs on the workers."""
 
 from __future__ import annotations
 
@@ -16,26 +11,11 @@ from numpy.typing import NDArray
 
 from dmixed import keys
 from dmixed.blocks import CONSTANT, RESPONSE, Codes, Column, DesignBlock, Floats, Level, Recipe
-from dmixed.columns import Factor, Rows, check_levels, kind_of, not_finite
+from dmixed.design.columns import Factor, Rows, check_levels, kind_of, not_finite
+from dmixed.design.recoding import MAX_COLUMNS, FactorLevels
+from dmixed.design.spec import Category, DesignSpec, Input, Need
 from dmixed.errors import DataError, MissingDataError
-from dmixed.expressions import Name, columns_of
-from dmixed.matrices import ModelRows, matrix
-from dmixed.recoding import MAX_COLUMNS, BarDesign, Design, FactorLevels, learn, merge_levels
-from dmixed.spec import Category, DesignSpec, Input, Need, specify
-
-__all__ = [
-    "BarDesign",
-    "Batch",
-    "Design",
-    "DesignSpec",
-    "FactorLevels",
-    "ModelRows",
-    "block",
-    "learn",
-    "matrix",
-    "merge_levels",
-    "specify",
-]
+from dmixed.formula.expressions import Name, columns_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dmixed.errors import DataError, FormulaError, NotSupportedError
-from dmixed.expressions import Call, Name, Node, columns_of
-from dmixed.polynomials import Expansion, Unknown, with_pi
-from dmixed.terms import Term, display, read_factor, read_terms
-from dmixed.tokens import Token, depths, quoted, shown, spelled, tokenize
-from dmixed.vocabulary import STRUCTURED
+from dmixed.formula.expressions import Call, Name, Node, columns_of
+from dmixed.formula.polynomials import Expansion, Unknown, with_pi
+from dmixed.formula.terms import Term, display, read_factor, read_terms
+from dmixed.formula.tokens import Token, depths, quoted, shown, spelled, tokenize
+from dmixed.formula.vocabulary import STRUCTURED
 
 
 @dataclass(frozen=True, slots=True)

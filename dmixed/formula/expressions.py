@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from dmixed.errors import FormulaError
-from dmixed.tokens import Token, depths, quoted, shown, spelled
-from dmixed.vocabulary import CONTRASTS, ELEMENTWISE, MEANT, REFUSED, STRUCTURED
+from dmixed.formula.tokens import Token, depths, quoted, shown, spelled
+from dmixed.formula.vocabulary import CONTRASTS, ELEMENTWISE, MEANT, REFUSED, STRUCTURED
 
 MAX_TOKENS = 600
 """Tokens in one expression."""

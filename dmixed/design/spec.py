@@ -13,11 +13,11 @@ import pyarrow as pa
 from formulaic import Formula
 
 from dmixed.blocks import RESPONSE, Floats, Frame
-from dmixed.columns import Context, Rows, kind_of
+from dmixed.design.columns import Context, Rows, kind_of
 from dmixed.errors import DataError
-from dmixed.expressions import Call, Name, Node, columns_of
-from dmixed.formula import ParsedFormula, categorical
-from dmixed.polynomials import (
+from dmixed.formula.expressions import Call, Name, Node, columns_of
+from dmixed.formula.parsing import ParsedFormula, categorical
+from dmixed.formula.polynomials import (
     ONE,
     Expansion,
     Monomial,
@@ -27,8 +27,8 @@ from dmixed.polynomials import (
     plus,
     times,
 )
-from dmixed.terms import Term
-from dmixed.tokens import quoted
+from dmixed.formula.terms import Term
+from dmixed.formula.tokens import quoted
 
 Product: TypeAlias = tuple[tuple[Node, bool], ...]
 """Factors, each with all its columns or (True) reduced by one, as by contrasts."""

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from dmixed import keys
 from dmixed.blocks import Codes, Floats, Level
-from dmixed.columns import Rows
+from dmixed.design.columns import Rows
+from dmixed.design.recoding import Design
+from dmixed.design.spec import Category, Input
 from dmixed.errors import DataError
-from dmixed.expressions import columns_of
-from dmixed.polynomials import Monomial
-from dmixed.recoding import Design
-from dmixed.spec import Category, Input
+from dmixed.formula.expressions import columns_of
+from dmixed.formula.polynomials import Monomial
 
 CHUNK = 65_536
 """Rows of X and Z evaluated at a time."""

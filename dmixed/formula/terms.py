@@ -15,8 +15,8 @@ from formulaic.parser import DefaultFormulaParser
 from formulaic.parser.types import ASTNode, Factor
 
 from dmixed.errors import FormulaError
-from dmixed.expressions import Name, Node, read
-from dmixed.tokens import Token, depths, shown, spelled
+from dmixed.formula.expressions import Name, Node, read
+from dmixed.formula.tokens import Token, depths, shown, spelled
 
 MAX_TERMS = 1000
 """Terms that the algebra of one formula may make on its way."""

@@ -1,0 +1,25 @@
+"""From a formula and batches of rows to carried columns, and back to the model's columns.
+
+`specify` decides, from a pilot sample, what every batch is turned into; `block` does it, on the
+workers; `learn` says after the pass which linear combinations of the carried columns are the
+columns of the model; `matrix` evaluates those on any rows.
+"""
+
+from dmixed.design.batches import Batch, block
+from dmixed.design.matrices import ModelRows, matrix
+from dmixed.design.recoding import BarDesign, Design, FactorLevels, learn, merge_levels
+from dmixed.design.spec import DesignSpec, specify
+
+__all__ = [
+    "BarDesign",
+    "Batch",
+    "Design",
+    "DesignSpec",
+    "FactorLevels",
+    "ModelRows",
+    "block",
+    "learn",
+    "matrix",
+    "merge_levels",
+    "specify",
+]

@@ -1,0 +1,5 @@
+"""Formulas: text to terms and bars, without data and without running any of it."""
+
+from dmixed.formula.parsing import Bar, ParsedFormula, parse, parse_parts
+
+__all__ = ["Bar", "ParsedFormula", "parse", "parse_parts"]
