@@ -12,8 +12,9 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import add
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -21,7 +22,7 @@ from uuid import uuid4
 import dask
 from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from dmixed.blocks import Floats
 from dmixed.collect import Moments, merge, parts_moments
@@ -46,6 +47,18 @@ RETRIES = 3
 
 SLICE = 16 * GROUPS
 """Groups evaluated by one task; set by the data, so that sums do not depend on the machine."""
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The BLAS libraries of this process; finding them takes longer than a small fit."""
+    return ThreadpoolController()
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """One thread for BLAS: tasks are the parallelism, and sums keep their order."""
+    limits: AbstractContextManager[Any] = _blas().limit(limits=1)
+    return limits
 
 
 def find_client(client: Any = None) -> Any:
@@ -182,7 +195,7 @@ def compute(
         return result
     watch = contextlib.nullcontext() if progress is None else _Counter(progress, total)
     scheduler = dask.config.get("scheduler", None) or "threads"
-    with watch, threadpool_limits(1):
+    with watch, one_blas_thread():
         return task.compute(scheduler=scheduler)
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import solve_triangular
-from threadpoolctl import threadpool_limits
 
 from dmixed.blocks import Floats
 from dmixed.collect import Moments
 from dmixed.covariance import root_derivatives
 from dmixed.design import Design
 from dmixed.errors import DataError
-from dmixed.executor import Evaluator
+from dmixed.executor import Evaluator, one_blas_thread
 from dmixed.factors import DependentColumns, Problem, problem
 from dmixed.inference.variances import VarianceEstimates, variance_estimates
 from dmixed.likelihood import (
@@ -138,7 +137,7 @@ def evaluate(prepared: Prepared, theta: Floats, reml: bool) -> tuple[float, Floa
     found = prepared.problem
     blocks, natural = found.factors.blocks, found.natural
     root = natural @ blocks.root(np.asarray(theta, dtype=float))
-    with threadpool_limits(1):
+    with one_blas_thread():
         at = criterion(found.factors, Evaluator(found.factors)(root), reml)
     g, H, _ = root_derivatives(blocks, at.gradient, at.hessian, natural, root)
     return at.value, g, H
@@ -165,7 +164,7 @@ def fit(
             f"{factors.nobs} rows are too few for {factors.p} fixed effects: "
             "no degree of freedom is left for the error variance"
         )
-    with threadpool_limits(1):
+    with one_blas_thread():
         terms = Evaluator(factors)
         objective = Objective(
             lambda root: criterion(factors, terms(root), reml), factors.blocks, callback
