@@ -297,8 +297,10 @@ def _check_out(out: str) -> None:
                     "give a new directory"
                 )
         parent = next(place for place in (path, *path.parents) if place.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-            raise DmixedError(f"--out {out}: {parent} is not a directory that can be written")
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".dmixed.", dir=parent))
+        except OSError as err:
+            raise DmixedError(f"--out {out}: cannot write to {parent}: {err.strerror}") from err
 
 
 def write_result(result: MixedLMResults, out: Path) -> None:

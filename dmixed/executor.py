@@ -12,10 +12,10 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial, reduce
 from operator import add
+from threading import Lock
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -55,10 +55,29 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def one_blas_thread() -> AbstractContextManager[Any]:
-    """One thread for BLAS: tasks are the parallelism, and sums keep their order."""
-    limits: AbstractContextManager[Any] = _blas().limit(limits=1)
-    return limits
+class _OneThread(contextlib.ContextDecorator):
+    """One thread for BLAS while anybody computes: tasks are the parallelism.
+
+    The limit belongs to the process: the first to enter sets it, the last to leave lifts it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._limit = Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limit.enter_context(_blas().limit(limits=1))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.close()
+
+
+one_blas_thread = _OneThread()
 
 
 def find_client(client: Any = None) -> Any:
@@ -98,7 +117,14 @@ def collect(
 
 def _moments_task(spec: DesignSpec, parts: Sequence[tuple[Part, int]]) -> Delayed:
     """Moments of some parts in one task."""
-    return _task(partial(parts_moments, spec), parts, "dmixed-moments")
+    return _task(partial(_parts_moments, spec), parts, "dmixed-moments")
+
+
+@one_blas_thread
+def _parts_moments(
+    spec: DesignSpec, parts: Sequence[tuple[Part, int]], value: Any = None
+) -> Moments:
+    return parts_moments(spec, parts, value)
 
 
 def _runs(parts: Sequence[Part]) -> list[range]:
@@ -160,6 +186,7 @@ def _tree(tasks: list[Delayed]) -> Delayed:
     return tasks[0]
 
 
+@one_blas_thread
 def _merge_all(*parts: Moments) -> Moments:
     return merge(parts)
 
@@ -195,7 +222,7 @@ def compute(
         return result
     watch = contextlib.nullcontext() if progress is None else _Counter(progress, total)
     scheduler = dask.config.get("scheduler", None) or "threads"
-    with watch, one_blas_thread():
+    with watch, one_blas_thread:
         return task.compute(scheduler=scheduler)
 
 

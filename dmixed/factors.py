@@ -235,7 +235,11 @@ def _carried_factors(moments: GroupMoments) -> _Carried:
     root = np.sqrt(n)
     R[0] = mean_w * root
     T[0] = s / root
-    Fw = moments.FtF - T[0] @ T[0].T
+    # WtF summed over groups is a block of FtF, but other roundings: where groups are large the
+    # difference is systematic, and would be taken for residual variation.
+    FtF, block = moments.FtF.copy(), WtF.sum(axis=2)
+    FtF[random], FtF[:, random] = block, block.T
+    Fw = FtF - T[0] @ T[0].T
     for a in range(1, r):
         column = random[a]
         T[a] = WtF[a] - s[column] / n * s

@@ -61,6 +61,7 @@ class Prepared:
         return tuple(self.design.fixed_names[j] for j in self.problem.fixed.kept)
 
 
+@one_blas_thread
 def prepare(moments: Moments) -> Prepared:
     """Check what was collected and factor it.
 
@@ -137,7 +138,7 @@ def evaluate(prepared: Prepared, theta: Floats, reml: bool) -> tuple[float, Floa
     found = prepared.problem
     blocks, natural = found.factors.blocks, found.natural
     root = natural @ blocks.root(np.asarray(theta, dtype=float))
-    with one_blas_thread():
+    with one_blas_thread:
         at = criterion(found.factors, Evaluator(found.factors)(root), reml)
     g, H, _ = root_derivatives(blocks, at.gradient, at.hessian, natural, root)
     return at.value, g, H
@@ -164,7 +165,7 @@ def fit(
             f"{factors.nobs} rows are too few for {factors.p} fixed effects: "
             "no degree of freedom is left for the error variance"
         )
-    with one_blas_thread():
+    with one_blas_thread:
         terms = Evaluator(factors)
         objective = Objective(
             lambda root: criterion(factors, terms(root), reml), factors.blocks, callback

@@ -136,7 +136,7 @@ class Criterion:
         deviance units; +inf where the matrices are not positive definite
     gradient, hessian
         (m,), (m, m), in deviance units per unit of Psi (dimensionless)
-    log_rss
+    d_log_rss
         (m,): gradient of log rss
     chol
         (k, k): lower Cholesky factor of FtHiF
@@ -149,7 +149,7 @@ class Criterion:
     value: float
     gradient: Floats
     hessian: Floats
-    log_rss: Floats
+    d_log_rss: Floats
     chol: Floats
     lost: float
     terms: ProfileTerms

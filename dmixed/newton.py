@@ -24,7 +24,7 @@ DECREMENT = 1e-10
 """Newton decrement g'H^-1 g, deviance units, at which to stop: 7e-6 standard errors."""
 
 
-class Objective(Protocol):
+class Evaluations(Protocol):
     """What the method needs of an objective."""
 
     @property
@@ -109,7 +109,9 @@ def trust_region_step(g: Floats, w: Floats, V: Floats, radius: float) -> Floats:
     low = tiny
     while low > 1e-300 and excess(low) <= 0:
         low *= 1e-3
-    shift = brentq(excess, low, 2 * high + tiny, xtol=1e-300, rtol=1e-10)
+    if excess(low) <= 0:  # H is singular to rounding and the step inside all the same
+        return V @ (-a / (w + floor + tiny))
+    shift = brentq(excess, low, 2 * high + tiny, xtol=1e-300, rtol=1e-10, maxiter=1000)
     return V @ (-a / (w + floor + shift))
 
 
@@ -118,7 +120,7 @@ def minimize_rebased(
     x0: Floats,
     args: tuple[Any, ...] = (),
     *,
-    objective: Objective,
+    objective: Evaluations,
     root: Floats,
     maxiter: int = 60,
     **_: Any,

@@ -20,6 +20,9 @@ SCIPY_METHODS = (
 )  # fmt: skip
 """Methods of `scipy.optimize.minimize` that can be asked for by name."""
 
+DWARFED = 10.0
+"""Relative standard deviation of group effects (reliability-1/2 units) that dwarfs the noise."""
+
 FLAT = 1e-6
 """Curvature in natural coordinates below which the data say nothing about a direction."""
 
@@ -86,11 +89,11 @@ class Certificate:
         found = []
         if not self.gradient <= GRADIENT_LIMIT:
             found.append(f"scaled gradient {self.gradient:.1e}")
-        if not self.boundary >= -1e-6:
+        if not self.boundary >= BOUNDARY_LIMIT:
             found.append(f"a zero variance wants to grow, slope {self.boundary:.1e}")
-        if not self.curvature > 1e-10:
+        if not self.curvature > CURVATURE_LIMIT:
             found.append("the likelihood is flat in some direction")
-        if not self.rounding <= 0.01:
+        if not self.rounding <= ROUNDING_LIMIT:
             found.append(f"rounding hides differences of the criterion below {self.rounding:.1g}")
         return tuple(found)
 
@@ -98,7 +101,8 @@ class Certificate:
         return self.passed
 
 
-GRADIENT_LIMIT = 1e-5
+GRADIENT_LIMIT, BOUNDARY_LIMIT, CURVATURE_LIMIT, ROUNDING_LIMIT = 1e-5, -1e-6, 1e-10, 1e-2
+"""What a certificate asks for; see `Certificate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,25 +284,38 @@ def flat_bars(blocks: Blocks, at: Criterion, root: Floats) -> list[bool]:
     return [bool(H[np.ix_(bar, bar)].max() < FLAT) for bar in own]
 
 
-def starting_root(
-    objective: Objective, scoring: Callable[[Criterion], Floats], steps: int = 2
-) -> Floats:
-    """Best of the identity and two scoring steps from it, eigenvalues clipped at 0.01."""
-    blocks = objective.blocks
-    root = np.eye(blocks.q)
-    for _ in range(steps):
-        at = objective.at(root)
-        if at is None:
-            break
-        try:
-            change = blocks.symmetric(scoring(at))
-        except np.linalg.LinAlgError:
-            break
-        root = blocks.join([_clipped(part) for part in blocks.split(root @ root.T + change)])
-    objective.at(root)
+def starting_root(objective: Objective, scoring: Callable[[Criterion], Floats]) -> Floats:
+    """Best of the identity and two scoring steps, eigenvalues clipped at 0.01.
+
+    Where group effects dwarf the noise, the steps start from a multiple of the identity as large
+    as they are: there P_g is the same for all groups of full rank, and the step is the unweighted
+    mean of b_g b_g'. From the identity its errors are of the order of the largest variance.
+    """
+    identity = np.eye(objective.blocks.q)
+    root = _scored(objective, scoring, identity)
+    if root is not None and float(np.linalg.norm(root, 2)) > DWARFED:
+        root = _scored(objective, scoring, identity * np.linalg.norm(root, 2))
+    if root is not None:
+        root = _scored(objective, scoring, root)
+    if root is not None:
+        objective.at(root)
     if objective.best is None:
         raise np.linalg.LinAlgError("the criterion is not defined at any start")
     return objective.best[1]
+
+
+def _scored(
+    objective: Objective, scoring: Callable[[Criterion], Floats], root: Floats
+) -> Floats | None:
+    """Root after a scoring step from a root, None where there is no step."""
+    blocks, at = objective.blocks, objective.at(root)
+    if at is None:
+        return None
+    try:
+        change = blocks.symmetric(scoring(at))
+    except np.linalg.LinAlgError:
+        return None
+    return blocks.join([_clipped(part) for part in blocks.split(root @ root.T + change)])
 
 
 def _clipped(Psi: Floats) -> Floats:

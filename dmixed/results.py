@@ -22,7 +22,7 @@ from dmixed.sources import Source, open_source
 from dmixed.summary import Summary, summarise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixedLMResults:
     """Estimates of a linear mixed model.
 
@@ -100,12 +100,12 @@ class MixedLMResults:
 
     # ----------------------------------------------------------------------------- estimates
 
-    @cached_property
+    @property
     def fe_params(self) -> pd.Series:
         """(p,) fixed effects; units of y per unit of the column."""
         return pd.Series(self._estimates.beta.copy(), list(self._prepared.fixed_names), name="fe")
 
-    @cached_property
+    @property
     def cov_fe(self) -> pd.DataFrame:
         """(p, p) covariance of the fixed effects given the variances, sigma2 (X'H^-1 X)^-1."""
         names = list(self._prepared.fixed_names)
@@ -153,12 +153,12 @@ class MixedLMResults:
         NaN for a parameter at the boundary.
         """
         variance = np.diag(self._estimates.variances.cov_user)[:-1]
-        return pd.Series(np.sqrt(variance), self._pair_names)
+        return pd.Series(self.scale * np.sqrt(variance), self._pair_names)
 
     @property
     def bse_scale(self) -> float:
         """Standard error of ``scale``, units of y squared."""
-        return float(np.sqrt(self._estimates.variances.cov_user[-1, -1]))
+        return float(self.scale * np.sqrt(self._estimates.variances.cov_user[-1, -1]))
 
     @property
     def params(self) -> pd.Series:
@@ -281,7 +281,7 @@ class MixedLMResults:
     @property
     def fittedvalues(self) -> pd.Series:
         """Fixed part plus BLUPs plus offset, of the rows used; reads the rows again."""
-        return self._rows.fitted
+        return self._rows.fitted.copy()
 
     @property
     def resid(self) -> pd.Series:

