@@ -13,15 +13,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmixed.blocks import Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Sizes q_j of the bars' blocks."""
+    """Sizes q_j of the bars' blocks.
+
+    Attributes
+    ----------
+    sizes
+        q_j
+    held
+        positions of bars whose covariance an optimiser keeps at zero: their columns lie within
+        another bar's, whose covariance takes up all that theirs could say
+    """
 
     sizes: tuple[int, ...]
+    held: tuple[int, ...] = ()
 
     @property
     def q(self) -> int:
@@ -33,6 +44,14 @@ class Blocks:
         """Where each bar's columns stand among the q."""
         ends = np.cumsum(self.sizes)
         return tuple(slice(int(e) - s, int(e)) for e, s in zip(ends, self.sizes, strict=True))
+
+    @property
+    def moving(self) -> NDArray[np.bool_]:
+        """(q,) columns of a root that an optimiser may change."""
+        found = np.ones(self.q, dtype=np.bool_)
+        for bar in self.held:
+            found[self.slices[bar]] = False
+        return found
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:

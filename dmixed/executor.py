@@ -87,6 +87,13 @@ def find_client(client: Any = None) -> Any:
 
         with contextlib.suppress(ValueError):
             client = get_client()
+    if client is not None and not hasattr(client, "scheduler_info"):
+        raise DmixedError(
+            f"client is {client!r}: it must be a distributed.Client, made for example with "
+            'Client("tcp://host:port")'
+        )
+    if client is not None and client.status in ("closed", "closing"):
+        raise DmixedError("the client is closed: make a new one, or leave client= out for threads")
     if client is not None and getattr(client, "asynchronous", False):
         raise DmixedError(
             "the client is asynchronous: dmixed needs one made with Client(asynchronous=False)"

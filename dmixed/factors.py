@@ -317,7 +317,8 @@ def problem(
         B = np.linalg.cholesky(mean).T
         W.append(solve_triangular(B.T, basis.work.T, lower=True).T)
         natural.append(B @ basis.to_work)
-    blocks = Blocks(tuple(part.shape[1] for part in natural))
+    held = _contained(columns_re, gram_re, [coefficients[rows] for coefficients in exog_re])
+    blocks = Blocks(tuple(part.shape[1] for part in natural), held)
     F = np.column_stack([fixed.work, response.work])
     carried = _carried_factors(moments)
     factors = Factors(
@@ -332,6 +333,24 @@ def problem(
         rank_random=int(np.count_nonzero(np.einsum("aag->ag", carried.R))),
     )
     return Problem(fixed, response, blocks.join(natural), factors)
+
+
+def _contained(columns: Sequence[Column], gram: Floats, bars: Sequence[Floats]) -> tuple[int, ...]:
+    """Bars whose columns lie in the span of another bar's; of two equal ones the first.
+
+    Psi_j + E Psi_i E' is again a covariance of bar j, so the likelihood cannot tell the two
+    apart, and its optimum is reached with Psi_i = 0.
+    """
+    held: list[int] = []
+    for i, inner in enumerate(bars):
+        for j, outer in enumerate(bars):
+            if i == j or j in held or inner.shape[1] > outer.shape[1]:
+                continue
+            together, _ = working_basis(columns, gram, np.hstack([outer, inner]))
+            if len(together.kept) == outer.shape[1]:
+                held.append(i)
+                break
+    return tuple(held)
 
 
 def _recoded(carried: _Carried, W: Floats, F: Floats) -> Floats:

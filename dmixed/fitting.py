@@ -137,7 +137,10 @@ def evaluate(prepared: Prepared, theta: Floats, reml: bool) -> tuple[float, Floa
     """-2 log-likelihood, gradient and Hessian at lme4's theta (user units)."""
     found = prepared.problem
     blocks, natural = found.factors.blocks, found.natural
-    root = natural @ blocks.root(np.asarray(theta, dtype=float))
+    theta = np.asarray(theta, dtype=np.float64)
+    if theta.shape != (len(blocks.theta_pairs),) or not np.isfinite(theta).all():
+        raise DataError(f"theta must be {len(blocks.theta_pairs)} finite numbers, not {theta}")
+    root = natural @ blocks.root(theta)
     with one_blas_thread:
         at = criterion(found.factors, Evaluator(found.factors)(root), reml)
     g, H, _ = root_derivatives(blocks, at.gradient, at.hessian, natural, root)
@@ -176,7 +179,7 @@ def fit(
             root, summary, at = optimize(objective, start, method)
         except np.linalg.LinAlgError:
             raise DataError(_exact(prepared)) from None
-        _check_identified(prepared, at, root)
+        _check_identified(prepared, objective, at, root)
         if at.lost > UNRESOLVED:
             raise DataError(_exact(prepared))
         return _estimates(prepared, reml, root, summary, at)
@@ -190,11 +193,19 @@ def _exact(prepared: Prepared) -> str:
     )
 
 
-def _check_identified(prepared: Prepared, at: Criterion, root: Floats) -> None:
+def _check_identified(
+    prepared: Prepared, objective: Objective, at: Criterion, root: Floats
+) -> None:
     """Refuse a model whose likelihood is flat in the variances of a bar."""
     blocks = prepared.problem.factors.blocks
-    for bar, flat in zip(prepared.design.bars, flat_bars(blocks, at, root), strict=True):
-        if not flat:
+    flat = flat_bars(blocks, at, root)
+    if any(flat):  # at zero, next to large variances, a curvature may look like none
+        start = np.diag(blocks.moving.astype(np.float64))
+        there = objective.at(start)
+        if there is not None:
+            flat = [a and b for a, b in zip(flat, flat_bars(blocks, there, start), strict=True)]
+    for bar, undetermined in zip(prepared.design.bars, flat, strict=True):
+        if not undetermined:
             continue
         groups = prepared.moments.group.n_groups
         why = (

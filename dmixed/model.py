@@ -182,7 +182,9 @@ class MixedLM:
                 f"method={method!r} is not known: use None (Newton) or one of "
                 + ", ".join(SCIPY_METHODS)
             )
-        estimates = fit(self._prepared, reml, method, callback)
+        if not isinstance(reml, (bool, np.bool_)):
+            raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
+        estimates = fit(self._prepared, bool(reml), method, callback)
         if not estimates.summary.converged:
             warnings.warn(
                 f"the fit is not certified as an optimum: {estimates.summary.reason}; "
@@ -274,13 +276,39 @@ def _with_columns(data: Any, extra: Mapping[str, Any]) -> tuple[Any, dict[str, s
                 f"{role} as an array needs a pandas DataFrame: for other data give the name of a "
                 "column"
             )
-        values = np.asarray(given)
+        values = np.asarray(_aligned(given, data.index, role))
         if values.shape != (len(data),):
             raise DataError(f"{role} has shape {values.shape}, the data have {len(data)} rows")
         name = f"({role})"
         data = data.assign(**{name: values})
         names[role] = name
     return data, names
+
+
+def _aligned(given: Any, index: pd.Index | None, argument: str) -> Any:
+    """What was given, if its row labels (when it has any) are those of the data."""
+    own = given.index if isinstance(given, (pd.Series, pd.DataFrame)) else None
+    if own is not None and index is not None and not own.equals(index):
+        raise DataError(
+            f"the index of {argument} is not that of the data: rows would be mixed up; align it "
+            "with .reindex or pass plain arrays"
+        )
+    return given
+
+
+def _numbers(values: Any, argument: str, name: str) -> Any:
+    """A column of a design: booleans as 0 and 1, everything else must be a number."""
+    array = np.asarray(values)
+    if array.dtype == object:
+        array = pd.Series(array).infer_objects().to_numpy()
+    if array.dtype == np.bool_:
+        return array.astype(np.float64)
+    if array.dtype.kind not in "iuf":
+        raise DataError(
+            f"column {name!r} of {argument} has type {array.dtype}: a design matrix holds numbers; "
+            "from_formula codes categories"
+        )
+    return array
 
 
 def _table_of_arrays(
@@ -290,18 +318,20 @@ def _table_of_arrays(
     y, name = np.asarray(endog), str(getattr(endog, "name", None) or "y")
     if y.ndim != 1:
         raise DataError(f"endog has shape {y.shape}: it must be one-dimensional")
+    index = endog.index if isinstance(endog, pd.Series) else None
     n = len(y)
     columns: dict[str, Any] = {name: y}
-    fixed = _add_columns(columns, exog, "exog", "x", n)
-    random = _add_columns(columns, exog_re, "exog_re", "z", n)
+    fixed = _add_columns(columns, _aligned(exog, index, "exog"), "exog", "x", n)
+    random = _add_columns(columns, _aligned(exog_re, index, "exog_re"), "exog_re", "z", n)
     group = str(getattr(groups, "name", None) or "Group")
     while group in columns:
         group += "_"
-    labels = pd.Series(groups).array if not hasattr(groups, "array") else groups.array
-    if len(labels) != n:
-        raise DataError(f"groups has {len(labels)} labels, endog has {n} rows")
+    if np.ndim(groups) != 1 or len(groups) != n:
+        raise DataError(f"groups has shape {np.shape(groups)}, endog has {n} rows")
     frame = pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})
-    frame[group] = labels
+    frame[group] = pd.Series(_aligned(groups, index, "groups")).array
+    if index is not None:
+        frame.index = index
     quoted = [f"`{name}`" for name in fixed]
     formula = f"`{name}` ~ " + " + ".join(["0", *quoted])
     re_formula = "1" if exog_re is None else " + ".join(["0", *(f"`{name}`" for name in random)])
@@ -314,25 +344,27 @@ def _add_columns(
     """Add a design's columns under unique names; a column already there is used again."""
     if design is None:
         return []
-    given = getattr(design, "columns", None)
-    matrix = np.asarray(design)
-    if matrix.ndim == 1:
-        given = None if getattr(design, "name", None) is None else [design.name]
-        matrix = matrix[:, None]
-    if matrix.ndim != 2 or len(matrix) != n:
+    if isinstance(design, pd.DataFrame):
+        given = [(str(name), design.iloc[:, j]) for j, name in enumerate(design.columns)]
+    elif np.ndim(design) == 1:
+        given = [(str(getattr(design, "name", None) or f"{stem}1"), design)]
+    elif np.ndim(design) == 2:
+        given = [(f"{stem}{j + 1}", column) for j, column in enumerate(np.asarray(design).T)]
+    else:
         raise DataError(f"{argument} has shape {np.shape(design)}, endog has {n} rows")
-    names = [f"{stem}{j + 1}" for j in range(matrix.shape[1])] if given is None else given
-    found = []
-    for j, given_name in enumerate(map(str, names)):
+    found: list[str] = []
+    for given_name, values in given:
+        if len(values) != n:
+            raise DataError(f"{argument} has shape {np.shape(design)}, endog has {n} rows")
         if "`" in given_name:
             raise DataError(f"{argument} has a column called {given_name!r}: rename it")
-        name = given_name
+        column, name = _numbers(values, argument, given_name), given_name
         while name in columns and not (
-            name in found or np.array_equal(columns[name], matrix[:, j], equal_nan=True)
+            name in found or np.array_equal(columns[name], column, equal_nan=True)
         ):
             name += "_"
         if name in found:
             raise DataError(f"{argument} has two columns called {given_name!r}: rename one")
-        columns[name] = matrix[:, j]
+        columns[name] = column
         found.append(name)
     return found

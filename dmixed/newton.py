@@ -61,7 +61,11 @@ class Point:
         V, s = rebase(blocks, root)
         g, H, G = root_derivatives(blocks, at.gradient, at.hessian, V, V * s)
         size = np.array([max(s[c], 1.0) for c, _ in blocks.theta_pairs])
-        return cls(at, root, V, s, g * size, H * np.outer(size, size), G, size)
+        g, H = g * size, H * np.outer(size, size)
+        held = ~blocks.moving[[d for _, d in blocks.theta_pairs]]
+        g[held] = H[held] = H[:, held] = 0.0
+        H[held, held] = 1.0
+        return cls(at, root, V, s, g, H, G, size)
 
     def moved(self, blocks: Blocks, step: Floats) -> Floats:
         """Root after a scaled step."""

@@ -263,6 +263,7 @@ def certify(blocks: Blocks, at: Criterion, root: Floats) -> Certificate:
     boundary = np.inf
     for block in blocks.slices:
         zero = [j for j in range(block.start, block.stop) if point.s[j] <= ZERO]
+        zero = [j for j in zero if blocks.moving[j]]
         if zero:
             boundary = min(boundary, float(np.linalg.eigvalsh(point.G[np.ix_(zero, zero)])[0]))
     steep = float(np.abs(g / diagonal).max(initial=0.0))
@@ -291,7 +292,7 @@ def starting_root(objective: Objective, scoring: Callable[[Criterion], Floats]) 
     as they are: there P_g is the same for all groups of full rank, and the step is the unweighted
     mean of b_g b_g'. From the identity its errors are of the order of the largest variance.
     """
-    identity = np.eye(objective.blocks.q)
+    identity = np.diag(objective.blocks.moving.astype(np.float64))
     root = _scored(objective, scoring, identity)
     if root is not None and float(np.linalg.norm(root, 2)) > DWARFED:
         root = _scored(objective, scoring, identity * np.linalg.norm(root, 2))
@@ -315,7 +316,8 @@ def _scored(
         change = blocks.symmetric(scoring(at))
     except np.linalg.LinAlgError:
         return None
-    return blocks.join([_clipped(part) for part in blocks.split(root @ root.T + change)])
+    stepped = blocks.join([_clipped(part) for part in blocks.split(root @ root.T + change)])
+    return stepped * blocks.moving
 
 
 def _clipped(Psi: Floats) -> Floats:
