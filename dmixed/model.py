@@ -21,7 +21,7 @@ from dmixed.optimizer import SCIPY_METHODS, Step
 from dmixed.results import MixedLMResults
 from dmixed.sources import Source, open_source
 
-PILOT_ROWS = 10_000
+PILOT_ROWS = 2_000
 """Rows from which the shifts and scales of the variables are taken."""
 
 

@@ -11,13 +11,14 @@ import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
 from dmixed import keys
 from dmixed.errors import DataError
-from dmixed.sources import base, load, open_source
+from dmixed.sources import base, load, memory, open_source
 
 ROWS = {
     "y": [1.0, 2.5, None, -4.0, 5.0],
@@ -263,6 +264,7 @@ class TestRefusals:
         [
             (3, "type int cannot be read; pass a pandas"),
             ([[1, 2]], "type list"),
+            ("", "the path is empty"),
             (np.zeros((2, 2)), "type numpy.ndarray"),
             (pd.Series([1.0], name="x"), r"type .*Series"),
             (pa.RecordBatchReader.from_batches(pa.schema([]), []), "only once"),
@@ -336,6 +338,78 @@ class TestMemoryParts:
         assert open_source(data).head(WANTED, 10).column_names == WANTED
         assert len(open_source(data).parts(WANTED)) >= 1
 
+    def test_later_changes_of_a_frame_are_not_seen(self):
+        columns = ["x", "n", "c", "i", "s"]
+        frame = pd.DataFrame(
+            {
+                "x": [1.0, 2.0],
+                "n": [1, 2],
+                "c": pd.Categorical(["a", "b"]),
+                "i": pd.array([1, 2], "Int64"),
+                "s": ["a", "b"],
+            }
+        )
+        before = pa.Table.from_pandas(frame, preserve_index=False).to_pydict()
+        early, late = open_source(frame), open_source(frame)
+        parts = early.parts(columns)
+        frame.loc[:, "x"] = 0.0
+        frame.iloc[0, 1] = 7
+        frame.loc[0, "c"] = "b"
+        frame.loc[:, "i"] = 0
+        frame.loc[0, "s"] = "z"
+        frame["x"] = 3.0
+        assert load(parts[0]).to_pydict() == before
+        assert load(early.parts(columns[:2])[0]).to_pydict() == {k: before[k] for k in columns[:2]}
+        if memory._copy_on_write():
+            assert load(late.parts(columns)[0]).to_pydict() == before
+
+    def test_frames_without_copy_on_write_are_copied(self, monkeypatch):
+        monkeypatch.setattr(memory, "_copy_on_write", lambda: False)
+        frame = pd.DataFrame({"x": np.arange(10.0), "n": np.arange(10)})
+        (part,) = open_source(frame).parts(["x", "n"])
+        for name in ("x", "n"):
+            column = load(part).column(name).chunk(0).to_numpy()
+            assert column.tolist() == frame[name].tolist()
+            assert not np.shares_memory(column, frame[name].to_numpy())
+
+    def test_later_changes_of_a_polars_frame_are_not_seen(self):
+        pl = pytest.importorskip("polars")
+        frame = pl.DataFrame({"x": [1.0, 2.0]})
+        source = open_source(frame)
+        frame[0, "x"] = 7.0
+        assert load(source.parts(["x"])[0]).to_pydict() == {"x": [1.0, 2.0]}
+
+    def test_uncommon_storage(self):
+        if not hasattr(pa, "string_view"):
+            pytest.skip("no string_view")
+        values = ["a", "a", None, "b"]
+        data = pa.table(
+            {
+                "view": pa.array(values, pa.string_view()),
+                "runs": pc.run_end_encode(pa.array(values)),
+                "numbers": pc.run_end_encode(pa.array([1, 1, 2, None])),
+            }
+        )
+        source = open_source(pa.concat_tables([data, data]))
+        head = source.head(data.column_names, 4)
+        assert head.to_pydict() == {k: v[::2] * 2 for k, v in data.to_pydict().items()}
+        assert head.schema.types == [pa.large_string(), pa.string(), pa.int64()]
+        assert read(data, data.column_names).to_pydict() == data.to_pydict()
+
+    @pytest.mark.parametrize("kind", ["pandas", "arrow", "polars", "lazy", "dask", "parquet"])
+    def test_sources_pickle(self, kind, tmp_path):
+        if kind in ("polars", "lazy"):
+            data = pytest.importorskip("polars").from_arrow(table())
+            data = data.lazy() if kind == "lazy" else data
+        else:
+            data = as_kind(kind, table(), tmp_path)
+        source = open_source(data)
+        for _ in range(2):  # before and after a conversion
+            again = pickle.loads(pickle.dumps(source))
+            assert again.columns == source.columns
+            assert rows_of(again.head(WANTED, 10)) == expected()
+            source.parts(WANTED)
+
     def test_duplicate_index(self):
         frame = pd.DataFrame({"x": [1, 2]}, index=["same", "same"])
         assert read(frame, ["x"]).to_pydict() == {"x": [1, 2]}
@@ -389,6 +463,147 @@ class TestDask:
             labels = [keys.encode([r.column(name)], [name])[1] for r in rows]
             assert keys.align(labels)[0].arrays[0].to_pylist() == found
         assert open_source(data).head(["g", "b"], 100).column("g").to_pylist()[:3] == [1, 2, 2]
+
+    def frame(self, *frames):
+        """Dask DataFrame of these partitions, unchecked."""
+        return self.dd.from_delayed(
+            [dask.delayed(f) for f in frames], meta=frames[0].head(0), verify_meta=False
+        )
+
+    def rows(self, data, columns):
+        """Rows of each partition."""
+        parts = open_source(data).parts(columns)
+        return [load(p, p.task.compute(scheduler="sync")) for p in parts]
+
+    VALUES = pytest.mark.parametrize(
+        "values",
+        [
+            np.array(["a", "b"], dtype=object),
+            pd.array(["a", "b"], dtype="string"),
+            np.array([True, False]),
+            np.array([dt.date(2020, 1, 1), dt.date(2020, 1, 2)], dtype=object),
+            pd.to_datetime(["2020-01-01", "2020-01-02"]),
+            pd.Categorical(["b", "a"]),
+            np.array([1.5, 2.5]),
+            np.array([2**60, 2**60 + 1]),
+            pd.array([2**60, 2**60 + 1], "Int64"),
+        ],
+        ids=lambda x: str(x.dtype),
+    )
+
+    @VALUES
+    @pytest.mark.parametrize("missing", [np.nan, None, pd.NaT, "own"])
+    @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("rows", [1, 100])
+    def test_partition_without_a_value(self, values, missing, first, rows):
+        full = pd.DataFrame({"g": values, "x": [1.0, 2.0]})
+        empty = full.assign(g=full["g"].where([False, False]) if missing == "own" else missing)
+        frames = [empty, full] if first else [full, empty]
+        data = self.dd.from_delayed(
+            [dask.delayed(f) for f in frames], meta=full.head(0), verify_meta=False
+        )
+        nulls, kept = self.rows(data, ["x", "g"])[:: 1 if first else -1]
+        assert pa.types.is_null(nulls.column("g").type)
+        head = open_source(data).head(["x", "g"], rows)
+        assert head.column_names == ["x", "g"]
+        assert len(head) == min(rows, 4)
+        wanted = kept.column("g").to_pylist()
+        found = head.column("g").to_pylist()
+        assert [x for x in found if x is not None] == wanted[:rows]
+        assert head.column("g").type.equals(kept.column("g").type)
+
+    def test_head_looks_for_values(self):
+        a = pd.DataFrame({"x": np.arange(50.0), "g": np.r_[[np.nan] * 40, np.arange(10.0)]})
+        head = open_source(self.frame(a)).head(["x", "g"], 8)
+        assert head.column("x").to_pylist() == list(range(40, 48))
+        head = open_source(self.frame(a)).head(["x", "g"], 12)
+        assert head.column("x").to_pylist() == [0, 1, *range(40, 50)]
+        nothing = open_source(self.frame(*[a.assign(g=np.nan)] * 9)).head(["x", "g"], 8)
+        assert nothing.column("x").to_pylist() == list(range(8))
+        assert pa.types.is_null(nothing.column("g").type)
+
+    @pytest.mark.parametrize("how", ["from_delayed", "from_map"])
+    @pytest.mark.parametrize("declared", [np.int64, np.float64, np.bool_])
+    def test_text_is_never_a_number(self, how, declared):
+        good = pd.DataFrame({"g": np.array([0, 1], declared), "s": ["a", "b"]})
+        frames = [good, good.assign(g=["007", None])]
+        data = (
+            self.frame(*frames)
+            if how == "from_delayed"
+            else self.dd.from_map(lambda i: frames[i], range(2), meta=good)
+        )
+        for some in (data, data[data["s"] != "b"]):
+            with pytest.raises(DataError) as caught:
+                self.rows(some, ["s", "g"])
+            with pytest.raises(DataError, match="partition 1: column 'g'"):
+                open_source(some).head(["s", "g"], 100)
+            for text in ("partition 1", "'g'", "string", np.dtype(declared).name):
+                assert text in str(caught.value)
+
+    def test_objects_that_dask_declares_to_be_text(self):
+        frames = [
+            pd.DataFrame({"d": [dt.date(2020, 1, i), None], "n": [i, 2]}, dtype=object).astype(
+                {"n": int}
+            )
+            for i in (1, 2)
+        ]
+        data = self.dd.from_map(lambda i: frames[i], range(2), meta=frames[0])
+        found = [r.column("d").to_pylist() for r in self.rows(data, ["n", "d"])]
+        assert found == [[x or None for x in f["d"].astype("string").fillna("")] for f in frames]
+
+    def test_types_that_clash_are_named(self):
+        good = pd.DataFrame({"x": [1.0], "g": ["a"]})
+        for value in (5, True, 1.5):
+            with pytest.raises(DataError) as caught:
+                open_source(self.frame(good, good.assign(g=value))).head(["x", "g"], 9)
+            for text in ("'g'", "partition 0", "partition 1", "string", str(pa.scalar(value).type)):
+                assert text in str(caught.value)
+
+    def test_types_that_go_together(self):
+        good = pd.DataFrame({"g": [2**60 + 1, 2]})
+        for other, kind in (
+            ([Decimal(1), Decimal(2)], pa.float64()),
+            ([1.0, np.nan], pa.float64()),
+            (np.array([1, 2], np.int8), pa.int64()),
+            (pd.array([1, None], "UInt16"), pa.int64()),
+        ):
+            data = self.frame(good, pd.DataFrame({"g": other}))
+            assert open_source(data).head(["g"], 9).column("g").type == kind
+        one, two = (pd.DataFrame({"g": pd.Categorical(list(x))}) for x in ("ab", "bcd"))
+        found = open_source(self.frame(one, two)).head(["g"], 9).column("g")
+        assert found.to_pylist() == list("abbcd")
+
+    def test_partition_without_a_column_is_named(self):
+        frames = [pd.DataFrame({"x": [1.0], "g": ["a"]}), pd.DataFrame({"x": [1.0]})]
+        delayed = self.frame(*frames)
+        mapped = self.dd.from_map(lambda i: frames[i], range(2), meta=frames[0])
+        for data in (delayed, mapped):
+            with pytest.raises(DataError, match="partition 1: column 'g' is not in the data"):
+                self.rows(data, ["x", "g"])
+            with pytest.raises(DataError, match="partition 1: column 'g' is not in the data"):
+                open_source(data).head(["x", "g"], 9)
+            assert len(self.rows(data, ["x"])) == 2
+
+    def test_graph_is_built_once(self, monkeypatch):
+        built = []
+        kind = self.dd.DataFrame
+        build = kind.to_delayed
+        monkeypatch.setattr(
+            kind, "to_delayed", lambda self, *a, **k: built.append(1) or build(self, *a, **k)
+        )
+        made = []
+
+        def make(i):
+            made.append(i)
+            return pd.DataFrame({"x": [float(i)] * 10, "g": ["a"] * 10})
+
+        source = open_source(self.dd.from_map(make, range(20), meta=make(0)))
+        made.clear()
+        assert len(source.head(["x", "g"], 25)) == 25
+        assert sorted(made) == [0, 1, 2]
+        assert source.parts(["g", "x"])[0].columns == ("g", "x")
+        assert len(source.parts(["x", "g"])) == 20
+        assert len(built) == 1
 
 
 class TestParquetFiles:

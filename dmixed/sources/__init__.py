@@ -46,7 +46,10 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
         the type is not one of these, or no Parquet file can be found or read
     """
     if isinstance(data, str | os.PathLike):
-        return path_source(os.fspath(data), storage_options)
+        location = os.fspath(data)
+        if not location:
+            raise DataError('the path is empty; "." is the current folder')
+        return path_source(location, storage_options)
     if storage_options:
         raise DataError("storage_options go with a path or URI, not with data in memory")
     if isinstance(data, pd.DataFrame):

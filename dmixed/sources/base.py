@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pandas as pd
@@ -30,12 +30,15 @@ class Part:
         Delayed of a pandas partition
     columns
         the columns it reads
+    numbers
+        for a Dask partition, the declared types of its columns of numbers and booleans
     """
 
     name: str
     rows: int | None
     task: Any
     columns: tuple[str, ...]
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -77,3 +80,46 @@ def check_columns(columns: Collection[str], available: Sequence[object]) -> tupl
 def rows_per_part(n_columns: int) -> int:
     """Rows of a part at most, for so many columns."""
     return max(1, min(ROWS, CELLS // max(n_columns, 1)))
+
+
+def join_types(a: pa.DataType, b: pa.DataType, numbers: bool = False) -> pa.DataType | None:
+    """Type that holds the values of both, None if they differ in meaning.
+
+    With `numbers`, any two types of numbers go together; as float64, which rounds.
+    """
+    t = pa.types
+    if a == b or t.is_null(b):
+        return a
+    if t.is_null(a):
+        return b
+    for same, joined in (
+        (t.is_integer, pa.int64()),
+        (t.is_floating, pa.float64()),
+        (is_text, pa.large_string()),
+        (t.is_date, pa.date32()),
+    ):
+        if same(a) and same(b):
+            return joined
+    if numbers and _is_number(a) and _is_number(b):
+        return pa.float64()
+    if numbers and t.is_dictionary(a) and t.is_dictionary(b):
+        values = join_types(a.value_type, b.value_type, numbers)
+        return None if values is None else pa.dictionary(pa.int32(), values, a.ordered)
+    if t.is_timestamp(a) and t.is_timestamp(b) and a.tz == b.tz:
+        return max(a, b, key=lambda x: ("s", "ms", "us", "ns").index(x.unit))
+    return None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is text, or categories of text."""
+    t = pa.types
+    if t.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    """Whether a type is one of numbers."""
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dmixed.errors import DataError
 from dmixed.sources.base import Part, check_columns, rows_per_part
@@ -39,7 +41,8 @@ class MemorySource:
         """Evenly strided sample."""
         table = self._table(columns)
         stride = -(-len(table) // max(rows, 1))
-        return table.take(pa.array(np.arange(0, len(table), max(stride, 1))))
+        rows_taken = pa.array(np.arange(0, len(table), max(stride, 1)))
+        return pa.table({n: _take(table.column(n), rows_taken, n) for n in table.column_names})
 
     def parts(self, columns: Sequence[str]) -> list[Part]:
         """Slices; they share the memory of the whole."""
@@ -60,7 +63,7 @@ class MemorySource:
         wanted = check_columns(columns, self.columns)
         if wanted not in self._converted:
             self._converted.clear()
-            self._converted[wanted] = self.convert(wanted)
+            self._converted[wanted] = _plain(self.convert(wanted))
         return self._converted[wanted]
 
 
@@ -87,18 +90,70 @@ def _unpickle(buffer: pa.Buffer) -> Slice:
     return Slice(pa.ipc.open_stream(buffer).read_all())
 
 
+def _plain(table: pa.Table) -> pa.Table:
+    """Table whose columns are stored in the usual way: Arrow computes little with other ones."""
+    for i, field_ in enumerate(table.schema):
+        column = table.column(i)
+        if pa.types.is_run_end_encoded(column.type):
+            column = pa.chunked_array(
+                [pc.run_end_decode(chunk) for chunk in column.chunks], column.type.value_type
+            )
+        if pa.types.is_string_view(column.type):
+            column = _cast(column, pa.large_string(), field_.name)
+        if column.type != field_.type:
+            table = table.set_column(i, field_.name, column)
+    return table
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType, name: str) -> pa.ChunkedArray:
+    """Return the column in another type."""
+    try:
+        return column.cast(kind)
+    except pa.ArrowNotImplementedError as error:
+        raise _unusable(name, column.type, error) from error
+
+
+def _take(column: pa.ChunkedArray, rows: pa.Array, name: str) -> pa.ChunkedArray:
+    """Some rows of a column."""
+    try:
+        return column.take(rows)
+    except pa.ArrowNotImplementedError as error:
+        raise _unusable(name, column.type, error) from error
+
+
+def _unusable(name: str, kind: pa.DataType, error: Exception) -> DataError:
+    """Error for a type that Arrow itself cannot handle."""
+    return DataError(f"column {name!r} has type {kind}, which cannot be used: {error}")
+
+
+def _copy_on_write() -> bool:
+    """Whether changes of a pandas frame leave its shallow copies as they are."""
+    return int(pd.__version__.split(".")[0]) >= 3 or pd.options.mode.copy_on_write is True
+
+
+def _from_copied_pandas(frame: pd.DataFrame, columns: Sequence[str]) -> pa.Table:
+    """Columns of a pandas DataFrame whose memory the user may change."""
+    names = check_columns(columns, list(frame.columns))
+    return arrow_from_pandas(frame[list(names)].copy(), names)
+
+
 def pandas_source(data: pd.DataFrame) -> MemorySource:
-    """Source from a pandas DataFrame, whose index is kept as row labels."""
-    return MemorySource(
-        "pandas", tuple(data.columns), lambda names: arrow_from_pandas(data, names), data.index
-    )
+    """Source from a pandas DataFrame, whose index is kept as row labels.
+
+    Later changes of the frame do not reach the source.
+    """
+    # The Arrow columns look into the memory of this frame. Under copy-on-write, pandas moves the
+    # user's frame elsewhere before it is changed, as long as this one lives.
+    frame = data.copy(deep=False)
+    convert = partial(arrow_from_pandas if _copy_on_write() else _from_copied_pandas, frame)
+    return MemorySource("pandas", tuple(data.columns), convert, data.index)
 
 
 def polars_source(data: Any) -> MemorySource:
     """Source from a polars DataFrame or LazyFrame, which is collected, its needed columns only."""
     lazy = hasattr(data, "collect_schema") and hasattr(data, "collect")
     names = data.collect_schema().names() if lazy else data.columns
-    return MemorySource("polars", tuple(names), lambda names: arrow_from_polars(data, names))
+    return MemorySource("polars", tuple(names), partial(arrow_from_polars, data.clone()))
 
 
 def arrow_source(data: Any) -> MemorySource:

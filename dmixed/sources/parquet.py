@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from operator import and_
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from dmixed.errors import DataError
-from dmixed.sources.base import Part, check_columns, rows_per_part
+from dmixed.sources.base import Part, check_columns, join_types, rows_per_part
 from dmixed.sources.files import FileSet, find_files, redact
 from dmixed.sources.memory import MemorySource
 
@@ -164,9 +164,12 @@ def dataset_source(data: ds.Dataset) -> FileSource | MemorySource:
         ) from error
     if fragments and all(isinstance(f, ds.FileFragment) for f in fragments):
         return FileSource("arrow", tuple((f.path, f) for f in fragments), data.schema)
-    return MemorySource(
-        "arrow", tuple(data.schema.names), lambda names: data.to_table(columns=list(names))
-    )
+    return MemorySource("arrow", tuple(data.schema.names), partial(_dataset_table, data))
+
+
+def _dataset_table(data: ds.Dataset, columns: Sequence[str]) -> pa.Table:
+    """Columns of a Dataset that is not one of files."""
+    return data.to_table(columns=list(columns))
 
 
 def _open(name: str, fragment: ds.Fragment, declared: pa.Schema | None = None) -> File:
@@ -263,7 +266,7 @@ def _common_type(name: str, schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Data
             what = "has no column" if count == 0 else "has more than one column"
             raise DataError(f"{file} {what} {name!r}, which {first} has")
         kind = schema.field(name).type
-        joined = _join(common, kind)
+        joined = join_types(common, kind)
         if joined is None:
             raise DataError(
                 f"column {name!r} has type {kind} in {file}, but {common} in {since}; "
@@ -272,31 +275,3 @@ def _common_type(name: str, schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Data
         if joined != common:
             common, since = joined, file
     return common
-
-
-def _join(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """Type that holds the values of both, None if they differ in meaning."""
-    t = pa.types
-    if a == b or t.is_null(b):
-        return a
-    if t.is_null(a):
-        return b
-    for same, joined in (
-        (t.is_integer, pa.int64()),
-        (t.is_floating, pa.float64()),
-        (_is_text, pa.large_string()),
-        (t.is_date, pa.date32()),
-    ):
-        if same(a) and same(b):
-            return joined
-    if t.is_timestamp(a) and t.is_timestamp(b) and a.tz == b.tz:
-        return max(a, b, key=lambda x: ("s", "ms", "us", "ns").index(x.unit))
-    return None
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Whether a type is text, or categories of text."""
-    t = pa.types
-    if t.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind))
