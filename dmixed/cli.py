@@ -224,8 +224,10 @@ def _client(address: str | None) -> Iterator[Any]:
         yield None
         return
     from distributed import Client  # a second of start-up that only clusters need
+    from distributed.comm import resolve_address
 
     try:
+        resolve_address(address)  # a client of what is no address hangs when it is deleted
         client = Client(address, set_as_default=False)
     except (OSError, ValueError) as err:
         raise DmixedError(f"no Dask scheduler answers at {address}: {err}") from err

@@ -16,7 +16,7 @@ from dmixed.moments import Accumulator, GroupMoments, combine
 from dmixed.sources import Part, load
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Moments:
     """Everything a model needs of its rows: a design and the moments of its columns.
 
@@ -55,7 +55,11 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets of rows; groups are aligned by label, columns by name."""
-        return merge([self, other])
+        return merge([self, other]) if isinstance(other, Moments) else NotImplemented
+
+    def __radd__(self, other: int) -> Moments:
+        """``0 + moments``, with which ``sum`` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
 
 def parts_moments(

@@ -14,10 +14,11 @@ from dmixed.summary import WIDTH
 FORMULA = "mAch ~ cses * sector + meanses + (cses | school)"
 
 QUESTION = """\
-High School and Beyond, 1982: mathematics scores (mAch) of pupils in 160 American schools.
-How much does the socio-economic status of a pupil's family matter, within a school (cses:
-status relative to the school's mean) and between schools (meanses: that mean)? Does it
-matter less in Catholic schools? Each school has its own level and its own slope.
+High School and Beyond, 1982: mathematics scores (mAch) of pupils in 160
+American schools. How much does the socio-economic status of a pupil's family
+matter, within a school (cses: status relative to the school's mean) and
+between schools (meanses: that mean)? Does it matter less in Catholic schools?
+Each school has its own level and its own slope.
 """
 
 
@@ -55,4 +56,4 @@ def explanation(result: MixedLMResults) -> str:
     lines = ["", "What one sees"]
     for point in points:
         lines += textwrap.wrap(point, WIDTH, initial_indent="* ", subsequent_indent="  ")
-    return "\n".join([*lines, "", f'In Python: dmixed.lmer("{FORMULA}", data)'])
+    return "\n".join([*lines, "", "In Python:", f'dmixed.lmer("{FORMULA}", data)'])

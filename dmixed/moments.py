@@ -8,7 +8,7 @@ For the carried columns F (n, k) of some rows and the random ones among them, W 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import comb
 from typing import Any, TypeAlias
 
@@ -26,9 +26,11 @@ CHUNK = 16_384
 """Rows turned into carried columns at a time: the block stays in the processor's cache."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GroupMoments:
     """Moments of a set of groups; a commutative monoid under alignment and addition.
+
+    The arrays are read-only: moments are shared by models and results.
 
     Attributes
     ----------
@@ -64,6 +66,12 @@ class GroupMoments:
         assert self.WtF.shape == (G, q, k)
         assert self.FtF.shape == self.plain.shape == (k, k)
         assert self.columns[self.random[0]] == CONSTANT
+        for array in (self.WtF, self.FtF, self.plain, self.counts):
+            array.flags.writeable = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as a call of the class: what arrives from a worker is read-only too."""
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @property
     def n_groups(self) -> int:
@@ -82,6 +90,8 @@ class GroupMoments:
 
     def __add__(self, other: GroupMoments) -> GroupMoments:
         """Moments of both sets of rows, for the same groups in the same order."""
+        if not isinstance(other, GroupMoments):
+            return NotImplemented
         if self.n_groups != other.n_groups:
             raise ValueError("align the groups first: GroupMoments add group by group")
         same = np.arange(self.n_groups)

@@ -82,7 +82,8 @@ def population(prepared: Prepared, beta: Floats, source: Source, client: Any = N
     columns = prepared.design.fixed_columns
     found = each_part(function, source.parts(columns), client)
     values = np.concatenate([np.empty(0), *found])
-    return pd.Series(values, source.index())
+    index = source.index()
+    return pd.Series(values, None if index is None else index.copy())
 
 
 def _fixed_part(

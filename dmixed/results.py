@@ -19,7 +19,7 @@ from dmixed.fitting import Estimates, Prepared
 from dmixed.inference.random_effects import conditional_covariances, conditional_modes
 from dmixed.optimizer import OptimizeSummary
 from dmixed.sources import Source, open_source
-from dmixed.summary import Summary, summarise
+from dmixed.summary import Summary, quantile, summarise
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,15 @@ class MixedLMResults:
             "_source": None,
             "_client": None,
         }
+
+    def __copy__(self) -> MixedLMResults:
+        """Itself: nothing in it changes, and a copy would lose the rows as a pickle does."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MixedLMResults:
+        """Itself, see ``__copy__``."""
+        del memo
+        return self
 
     # ----------------------------------------------------------------------------- the model
 
@@ -192,8 +201,14 @@ class MixedLMResults:
         return pd.Series(2.0 * norm.sf(np.abs(self.tvalues)), self.params.index)
 
     def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
-        """Normal confidence limits of ``params``, columns 0 and 1."""
-        half = norm.ppf(1.0 - alpha / 2.0) * self.bse
+        """Normal confidence limits of ``params`` at level 1 - alpha, columns 0 and 1.
+
+        Raises
+        ------
+        ValueError
+            alpha is not between 0 and 1
+        """
+        half = quantile(alpha) * self.bse
         return pd.DataFrame({0: self.params - half, 1: self.params + half})
 
     # ----------------------------------------------------------------------------- the criterion
@@ -252,7 +267,7 @@ class MixedLMResults:
 
         Groups in canonical order: numbers numerically, text by code point.
         """
-        return pd.DataFrame(self._modes[self._order], self._index, self._column_names)
+        return pd.DataFrame(self._modes[self._order], self._index.copy(), self._column_names)
 
     @property
     def random_effects(self) -> Mapping[Any, pd.Series]:
@@ -265,7 +280,8 @@ class MixedLMResults:
         return _ByLabel(self._index, self._covariance)
 
     def _series(self, position: int, label: Any) -> pd.Series:
-        return pd.Series(self._modes[self._order[position]], self._re_names, name=label)
+        modes = self._modes[self._order[position]].copy()
+        return pd.Series(modes, self._re_names, name=label)
 
     def _covariance(self, position: int, label: Any) -> pd.DataFrame:
         del label
@@ -286,7 +302,7 @@ class MixedLMResults:
     @property
     def resid(self) -> pd.Series:
         """Response minus ``fittedvalues``."""
-        return self._rows.response - self._rows.fitted
+        return self._rows.response.copy() - self._rows.fitted
 
     @cached_property
     def _rows(self) -> prediction.Rows:
@@ -327,7 +343,13 @@ class MixedLMResults:
     # ----------------------------------------------------------------------------- presentation
 
     def summary(self, alpha: float = 0.05) -> Summary:
-        """Tables in the user's units, with flags explained in words."""
+        """Tables in the user's units, with flags explained in words; limits at level 1 - alpha.
+
+        Raises
+        ------
+        ValueError
+            alpha is not between 0 and 1
+        """
         return summarise(self, alpha)
 
     def __str__(self) -> str:
@@ -408,9 +430,14 @@ class _ByLabel(Mapping[Any, Any]):
 
     def __getitem__(self, label: Any) -> Any:
         try:
+            hash(label)
             position = self._index.get_loc(label)
-        except (KeyError, TypeError):
+            found = bool(self._index[position] == label)
+        except Exception:  # pandas has many ways to say that a thing is no label
             raise KeyError(label) from None
+        # get_loc also takes a part of a composite key or of a date: a slice, or another label
+        if not (isinstance(position, int | np.integer) and found is True):
+            raise KeyError(label)
         return self._make(position, label)
 
     def __iter__(self) -> Iterator[Any]:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dmixed.results import MixedLMResults
 
 WIDTH = 78
+"""Characters in a line of text."""
+
+INLINE = 3
+"""Columns of a bar whose correlations stand beside their variances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class Summary:
         pairs of label and text
     random, fixed
         tables of the variance parameters and the fixed effects
+    correlations
+        a title and a lower triangle per bar, where a bar has more than `INLINE` columns
     notes
         sentences: what was dropped, flagged, or needs care
     """
@@ -38,6 +44,7 @@ class Summary:
     random: pd.DataFrame
     fixed: pd.DataFrame
     notes: tuple[str, ...]
+    correlations: tuple[tuple[str, pd.DataFrame], ...] = ()
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.header) + 1
@@ -47,7 +54,10 @@ class Summary:
                 text, WIDTH, initial_indent=f"{label + ':':<{width}} ",
                 subsequent_indent=" " * (width + 1),
             )  # fmt: skip
-        lines += ["", "Random effects", _text(self.random), "", "Fixed effects"]
+        lines += ["", "Random effects", _text(self.random)]
+        for title, table in self.correlations:
+            lines += ["", *textwrap.wrap(title, WIDTH), _text(table)]
+        lines += ["", "Fixed effects"]
         lines += [_text(self.fixed) if len(self.fixed) else "(none)"]
         if self.notes:
             lines += [""]
@@ -68,17 +78,66 @@ class Summary:
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
             for label, text in self.header
         )
+        correlations = "".join(
+            f"<h5>{html.escape(title)}</h5>{table.to_html(na_rep='')}"
+            for title, table in self.correlations
+        )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         return (
             f"<h3>{html.escape(self.title)}</h3><table>{rows}</table>"
             f"<h4>Random effects</h4>{self.random.to_html(na_rep='')}"
+            f"{correlations}"
             f"<h4>Fixed effects</h4>{self.fixed.to_html(na_rep='')}"
             + (f"<ul>{notes}</ul>" if notes else "")
         )
 
 
 def _text(table: pd.DataFrame) -> str:
-    return str(table.to_string(na_rep="", line_width=120))
+    """A table in lines of at most `WIDTH` characters; nothing is cut."""
+    plain = str(table.to_string(na_rep=""))
+    if max(map(len, plain.splitlines())) <= WIDTH:
+        return plain
+    return "\n".join(_narrow(_one_label(table) if "Name" in table else table))
+
+
+def _one_label(table: pd.DataFrame) -> pd.DataFrame:
+    """The random effects with groups on lines of their own and names below them."""
+    labels: list[str] = []
+    rows: list[list[str]] = []
+    for group, name, *cells in table.itertuples():
+        if group and name:
+            labels.append(group)
+            rows.append([""] * len(cells))
+        labels.append(f"  {name}" if name else group)
+        rows.append(cells)
+    return pd.DataFrame(rows, labels, table.columns.drop("Name"))
+
+
+def _narrow(table: pd.DataFrame) -> list[str]:
+    """Lines of a wide table: a long label has its own line, many columns come in halves."""
+    widths = [2 + max(map(len, [name, *table[name]])) for name in table]
+    if sum(widths) > WIDTH and len(widths) > 1:
+        half = len(widths) // 2
+        left, right = table.iloc[:, :half], table.iloc[:, half:]
+        return [*_narrow(left), "", *_narrow(right[(right != "").any(axis=1)])]
+    room = min(WIDTH - sum(widths), max(map(len, table.index)))
+    lines = []
+    for label, *cells in [("", *table.columns), *table.itertuples()]:
+        numbers = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        if len(label) > room:
+            indent = " " * (len(label) - len(label.lstrip()))
+            lines += textwrap.wrap(label, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+            label = ""
+        if label or numbers.strip():
+            lines.append(f"{label:<{room}}{numbers}".rstrip())
+    return lines
+
+
+def quantile(alpha: float) -> float:
+    """Normal quantile of two-sided limits at level 1 - alpha."""
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha={alpha!r}: must be between 0 and 1, such as 0.05 for 95% limits")
+    return float(norm.ppf(1.0 - alpha / 2.0))
 
 
 def summarise(result: MixedLMResults, alpha: float) -> Summary:
@@ -108,6 +167,7 @@ def summarise(result: MixedLMResults, alpha: float) -> Summary:
         title=f"Linear mixed model fitted by {by}",
         header=header,
         random=_random_table(result),
+        correlations=_correlations(result) if _apart(result) else (),
         fixed=_fixed_table(result, alpha),
         notes=_notes(result),
     )
@@ -125,10 +185,10 @@ def _number(value: Any) -> str:
 
 def _random_table(result: MixedLMResults) -> pd.DataFrame:
     """Variance, its standard error, standard deviation and correlations of each random column."""
-    rows, correlations = [], 0
+    rows, correlations, apart = [], 0, _apart(result)
     variance_se = iter(result.bse_re)
     for label, cov in result.varcorr().items():
-        sd = np.sqrt(np.diag(cov))
+        sd, correlation = np.sqrt(np.diag(cov)), _correlation(cov)
         for a, name in enumerate(cov.index):
             errors = [next(variance_se) for _ in range(a + 1)]
             row = {"Group": label if a == 0 else "", "Name": str(name)}
@@ -137,12 +197,9 @@ def _random_table(result: MixedLMResults) -> pd.DataFrame:
                 "Std.Err.": _number(errors[a]),
                 "Std.Dev.": _number(sd[a]),
             }
-            for b in range(a):
-                correlations = max(correlations, b + 1)
-                if sd[a] > 0 and sd[b] > 0:
-                    row[f"Corr {b + 1}"] = f"{cov.iloc[a, b] / (sd[a] * sd[b]):.3f}"
-                else:
-                    row[f"Corr {b + 1}"] = ""
+            if not apart:
+                correlations = max(correlations, a)
+                row |= {f"Corr {b + 1}": correlation[a][b] for b in range(a)}
             rows.append(row)
     rows.append(
         {
@@ -159,17 +216,47 @@ def _random_table(result: MixedLMResults) -> pd.DataFrame:
     return table.rename_axis(None).rename(columns={"Corr 1": "Corr"} if correlations == 1 else {})
 
 
+def _apart(result: MixedLMResults) -> bool:
+    """Whether a bar has so many columns that correlations need tables of their own."""
+    return max(map(len, result.varcorr().values())) > INLINE
+
+
+def _correlation(cov: pd.DataFrame) -> list[list[str]]:
+    """Lower triangle of correlations, empty where a variance is zero."""
+    sd = np.sqrt(np.diag(cov))
+    return [
+        [
+            f"{cov.iloc[a, b] / (sd[a] * sd[b]):.3f}" if sd[a] > 0 and sd[b] > 0 else ""
+            for b in range(a)
+        ]
+        for a in range(len(sd))
+    ]
+
+
+def _correlations(result: MixedLMResults) -> tuple[tuple[str, pd.DataFrame], ...]:
+    """A table of correlations per bar of several columns, which are numbered."""
+    tables = []
+    for label, cov in result.varcorr().items():
+        q = len(cov)
+        if q > 1:
+            rows = [[*row, *[""] * (q - 1 - len(row))] for row in _correlation(cov)]
+            names = [f"{a + 1} {name}" for a, name in enumerate(cov.index)]
+            table = pd.DataFrame(rows, names, [str(b + 1) for b in range(q - 1)])
+            tables.append((f"Correlations of the random effects, {label}", table))
+    return tuple(tables)
+
+
 def _fixed_table(result: MixedLMResults, alpha: float) -> pd.DataFrame:
     """Estimates with large-sample tests and limits."""
     beta, se = result.fe_params, result.bse_fe
-    half = norm.ppf(1.0 - alpha / 2.0) * se
+    half = quantile(alpha) * se
     z = beta / se
     level = f"{100 * (1 - alpha):g}%"
     return pd.DataFrame(
         {
             "Coef.": beta.map(_number),
             "Std.Err.": se.map(_number),
-            "z": z.map(lambda value: f"{value:.3f}"),
+            "z": z.map(lambda value: f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3e}"),
             "P>|z|": [f"{2 * norm.sf(abs(value)):.3f}" for value in z],
             f"[{level} lower": (beta - half).map(_number),
             f"{level} upper]": (beta + half).map(_number),
@@ -187,6 +274,13 @@ def _notes(result: MixedLMResults) -> tuple[str, ...]:
         notes.append(
             "Left out of the fixed effects because they are linear combinations of the columns "
             f"before them: {', '.join(result.aliased)}."
+        )
+    q, p = len(result.cov_re), len(result.fe_params)
+    if result.nobs <= result.n_groups * q + p:
+        notes.append(
+            f"No more rows ({result.nobs:,}) than random effects ({result.n_groups:,} groups "
+            f"times {q}) and fixed effects ({p}): the variances are hardly determined. Take a "
+            "simpler random part, or more rows per group."
         )
     if result.singular:
         notes.append(

@@ -167,6 +167,7 @@ def test_demo_explains_what_it_fitted(tmp_path: Path) -> None:
     result = run("demo", "--out", tmp_path / "demo")
     assert result.exit_code == 0
     assert result.stderr == ""
+    assert max(map(len, result.stdout.splitlines())) <= 80
     found = json.loads((tmp_path / "demo" / "result.json").read_text())
     assert found["nobs"] == 7185
     assert found["n_groups"] == 160
@@ -289,6 +290,14 @@ def test_no_scheduler(data: str) -> None:
             result = fit(data, "--scheduler", address)
             assert result.exit_code == cli.Status.ERROR
             assert_one_line(result, address)
+
+
+def test_what_is_no_address(data: str) -> None:
+    # in a process: what a client says when it is deleted goes past the command's own stderr
+    options = ("--data", data, "--formula", FORMULA)
+    result = in_a_process("fit", *options, "--scheduler", "garbage")
+    assert result.returncode == cli.Status.ERROR
+    assert_one_line(result, "no Dask scheduler answers at garbage")
 
 
 # ------------------------------------------------------------------------ status 2: usage

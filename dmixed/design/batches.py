@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ from dmixed.design.recoding import MAX_COLUMNS, FactorLevels
 from dmixed.design.spec import Category, DesignSpec, Input, Need
 from dmixed.errors import DataError, MissingDataError
 from dmixed.formula.expressions import Name, columns_of
+from dmixed.formula.polynomials import shown_powers
+
+MAX_SIZE = 1e70
+"""Carried columns beyond this are refused: fourth powers, summed over rows, must not overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class _Complete:
         self.kept: NDArray[np.bool_] | None = None
         self.dropped: dict[str, int] = {}
         self._seen: set[str] = set()
+        self._first: tuple[int, str] | None = None
 
     def column(self, name: str) -> None:
         """A data column used by what follows."""
@@ -58,21 +64,40 @@ class _Complete:
             self.drop(f"{name}: missing", self.rows.missing(name))
 
     def drop(self, reason: str, bad: NDArray[np.bool_] | None) -> None:
-        """Take rows off."""
+        """Take rows off; where that is not allowed, note the first row and its first reason."""
         if bad is None:
+            return
+        if self.spec.missing != "drop":
+            row = int(np.argmax(bad))
+            if bad[row] and (self._first is None or row < self._first[0]):
+                self._first = row, reason
             return
         fresh = bad if self.kept is None else bad & self.kept
         count = int(np.count_nonzero(fresh))
         if count == 0:
             return
-        if self.spec.missing != "drop":
-            row = self.row0 + int(np.argmax(fresh))
-            raise MissingDataError(
-                f"{reason} in row {row}{self.rows.place}; "
-                'missing="drop" leaves such rows out and counts them'
-            )
         self.dropped[reason] = count
         self.kept = ~bad if self.kept is None else self.kept & ~bad
+
+    def check(self) -> None:
+        """Refuse rows that are missing something, unless such rows are dropped."""
+        if self._first is not None:
+            row, reason = self._first
+            raise MissingDataError(
+                f"{reason} in row {self.row0 + row}{self.rows.place}; "
+                'missing="drop" leaves such rows out and counts them'
+            )
+
+    def row(self, bad: NDArray[np.bool_]) -> int | None:
+        """Position in the batch of the first of some rows that is complete, if any is."""
+        if self.kept is not None:
+            bad = bad & self.kept
+        row = int(np.argmax(bad)) if len(bad) else 0
+        return row if len(bad) and bad[row] else None
+
+    def named(self, row: int) -> str:
+        """A row, for messages."""
+        return f"row {self.row0 + row}{self.rows.place}"
 
 
 def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> Batch:
@@ -114,10 +139,17 @@ def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> 
                 text = spec.formula.response_text if item.name == RESPONSE else item.name
                 complete.drop(f"{text}: not finite", not_finite(variables[-1]))
     group, labels = _groups(spec, rows, complete)
-    weights = _weights(spec, rows, complete)
+    weights = None
+    if spec.weights is not None:
+        weights = rows.number(spec.weights)
+        complete.column(spec.weights)
     if spec.offset is not None:
         complete.column(spec.offset)
-        variables[0] = variables[0] - rows.number(spec.offset)
+        with np.errstate(over="ignore"):  # refused below
+            variables[0] = variables[0] - rows.number(spec.offset)
+    complete.check()
+    _check_weights(spec, weights, complete)
+    _check_sizes(spec, variables, complete)
     kept = complete.kept
     if kept is not None:
         variables = [v[kept] for v in variables]
@@ -159,20 +191,44 @@ def _groups(spec: DesignSpec, rows: Rows, complete: _Complete) -> tuple[Codes, k
     return codes, labels
 
 
-def _weights(spec: DesignSpec, rows: Rows, complete: _Complete) -> Floats | None:
-    """(n,) weights; every one that is there must be positive."""
-    if spec.weights is None:
-        return None
-    weights = rows.number(spec.weights)
-    complete.column(spec.weights)
-    if len(weights) and not weights.min() > 0:
-        bad = np.flatnonzero(weights <= 0)
-        if len(bad):
+def _check_weights(spec: DesignSpec, weights: Floats | None, complete: _Complete) -> None:
+    """Refuse a weight that is not positive in a row that is used."""
+    if weights is None or len(weights) == 0 or weights.min() > 0:
+        return
+    row = complete.row(weights <= 0)
+    if row is not None:
+        raise DataError(
+            f"weight {spec.weights!r} is {weights[row]:g} in {complete.named(row)}; "
+            "weights must be positive"
+        )
+
+
+def _check_sizes(spec: DesignSpec, variables: Sequence[Floats], complete: _Complete) -> None:
+    """Refuse values so far from the pilot's that the cross-products would overflow."""
+    digits: dict[str, float] = {}
+    frame = zip(spec.frame.names, spec.frame.shift, spec.frame.scale, variables, strict=True)
+    for name, shift, scale, values in frame:
+        used = values if complete.kept is None else values[complete.kept]
+        if len(used) == 0:
+            return
+        low, high = float(used.min()), float(used.max())
+        largest = max(shift - low, high - shift) / scale
+        if not largest <= MAX_SIZE:
+            row = complete.row(values == (low if shift - low > high - shift else high))
+            assert row is not None
+            shown = spec.formula.response_text if name == RESPONSE else name
             raise DataError(
-                f"weight {spec.weights!r} is {weights[bad[0]]:g} in row {complete.row0 + bad[0]}"
-                f"{rows.place}; weights must be positive"
+                f"{shown}: values so large that their squares overflow ({values[row]:g} in "
+                f"{complete.named(row)}, among values near {max(abs(shift), scale):.1g}); "
+                "rescale the column, or leave the row out"
             )
-    return weights
+        digits[name] = math.log10(max(largest, 1.0))
+    for monomial in {m for need in spec.needs for m in need.monomials}:
+        if sum(digits[name] * power for name, power in monomial) > math.log10(MAX_SIZE):
+            raise DataError(
+                f"{shown_powers(monomial)}: values so large that their squares overflow"
+                f"{complete.rows.place}; rescale the column, or leave outlying rows out"
+            )
 
 
 def _regroup(group: Codes, labels: keys.Labels) -> tuple[Codes, keys.Labels]:

@@ -7,6 +7,7 @@ orthogonal polynomials are therefore one matrix T, and X = F T.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,15 @@ from dmixed.design.columns import check_levels
 from dmixed.design.spec import DesignSpec, Product
 from dmixed.errors import DataError
 from dmixed.formula.expressions import Call, Node, columns_of
-from dmixed.formula.polynomials import ONE, Expansion, Polynomial, degree_of, times
+from dmixed.formula.polynomials import (
+    ONE,
+    Expansion,
+    Polynomial,
+    check_size,
+    degree_of,
+    shown_powers,
+    times,
+)
 from dmixed.formula.terms import display
 from dmixed.formula.vocabulary import CONTRASTS
 
@@ -175,13 +184,16 @@ def learn(
     """
     if nobs == 0:
         raise DataError("no rows to fit: the data are empty, or every row has a missing value")
-    _check_finite(columns, FtF)
+    _check_sums(columns, FtF)
     ordered = {name: found.ordered(name) for name, found in levels.items()}
     for name, found in ordered.items():
         check_levels(name, len(found))
     coder = _Coder(spec, ordered, Expansion(_Moments(spec, columns, FtF, nobs)))
     fixed = coder.code(spec.fixed)
     bars = [coder.code(products) for products in spec.bars]
+    _check_names(fixed.names, "the fixed part")
+    for bar, coded in zip(spec.formula.bars, bars, strict=True):
+        _check_names(coded.names, bar.text)
     position = {column: i for i, column in enumerate(columns)}
     k = len(columns)
     for coded in (fixed, *bars):
@@ -214,11 +226,21 @@ def _label(group: Sequence[str], bar: int) -> str:
     return ":".join(group) + (f".{bar}" if bar else "")
 
 
-def _check_finite(columns: Sequence[Column], FtF: Floats) -> None:
-    bad = np.flatnonzero(~np.isfinite(np.diag(FtF)))
-    if len(bad):
-        names = ":".join(name for name, _ in columns[bad[0]].powers)
-        raise DataError(f"{names}: values so large that their squares overflow; rescale the column")
+def _check_sums(columns: Sequence[Column], FtF: Floats) -> None:
+    """Refuse carried columns whose squares were lost."""
+    for column, square in zip(columns, np.diag(FtF), strict=True):
+        if not column.cell:
+            check_size(shown_powers(column.powers), {ONE: float(np.sqrt(square))})
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Refuse two columns of one name: results are looked up by name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise DataError(
+                f"{where} has {count} columns called {name!r}: the name of a column of the data "
+                "is also that of another coefficient; rename the column"
+            )
 
 
 class _Moments:
@@ -238,7 +260,13 @@ class _Moments:
         for j, polynomial in enumerate(polynomials):
             for monomial, value in polynomial.items():
                 C[self.position[monomial], j] = value
-        return C.T @ self.FtF @ C, self.n
+        with np.errstate(all="ignore"):
+            sums = C.T @ self.FtF @ C
+        for polynomial, square in zip(polynomials, np.diag(sums), strict=True):
+            if not np.isfinite(square):
+                names = ":".join(dict.fromkeys(v for m in polynomial for v, _ in m))
+                check_size(names, {ONE: float(square)})
+        return sums, self.n
 
 
 @dataclass
@@ -316,7 +344,9 @@ def _add(coded: _Coded, pieces: Sequence[_Piece], scoped: Product) -> None:
     for piece, (factor, _) in zip(pieces, scoped, strict=True):
         cells = _cross(cells, piece.cells)
         polynomial = times(polynomial, piece.polynomial, factor)
-    coded.names.append(":".join(p.name for p in pieces) or "Intercept")
+    name = ":".join(p.name for p in pieces) or "Intercept"
+    check_size(name, polynomial)
+    coded.names.append(name)
     coded.degrees.append(degree_of(polynomial))
     coded.entries.append(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,6 +24,7 @@ from dmixed.formula.polynomials import (
     Polynomial,
     Unknown,
     Variable,
+    check_size,
     plus,
     times,
 )
@@ -175,25 +176,25 @@ def specify(
     """
     if missing not in ("drop", "raise", "none"):
         raise DataError(f'missing must be "drop", "raise" or "none", not {missing!r}')
+    if context is not None and not (
+        isinstance(context, Mapping) and all(callable(f) for f in context.values())
+    ):
+        raise DataError("context must map names to functions, as {'f': f}")
     formula = formula.resolved(pilot.column_names)
     rows = Rows(pilot, context or {})
     text = frozenset(x for x in formula.columns if kind_of(rows.column(x).type) == "category")
     fixed = span(formula.fixed, text)
     bars = tuple(span(bar.terms, text) for bar in formula.bars)
     inputs, fixed_inputs, needs = _plan(formula, text, fixed, bars)
-    values = [_pilot_values(rows, x) for x in inputs]
+    values = {x.name: _pilot_values(rows, x) for x in inputs}
     for name in (weights, offset):
         if name is not None:
             rows.number(name)
     if offset is not None:
-        values[0] = values[0] - rows.number(offset)
-    numeric = [(x.name, v) for x, v in zip(inputs, values, strict=True) if isinstance(x, Variable)]
-    shifts = [_shift_and_scale(v) for _, v in numeric]
-    frame = Frame(
-        tuple(name for name, _ in numeric),
-        tuple(shift for shift, _ in shifts),
-        tuple(scale for _, scale in shifts),
-    )
+        with np.errstate(over="ignore"):  # such rows are refused, or are not used
+            values[RESPONSE] = values[RESPONSE] - rows.number(offset)
+    numeric = {x.name: values[x.name] for x in inputs if isinstance(x, Variable)}
+    frame = _frame(numeric, formula.response_text)
     extra = [x for x in (weights, offset) if x is not None]
     return DesignSpec(
         formula,
@@ -315,25 +316,37 @@ def _pilot_values(rows: Rows, item: Input) -> Floats:
     return rows.variable(item)
 
 
-def _shift_and_scale(values: Floats) -> tuple[float, float]:
+def _frame(values: Mapping[str, Floats], response: str) -> Frame:
+    """Shifts and scales from the rows in which every variable is finite, if there are any."""
+    complete = np.logical_and.reduce([np.isfinite(v) for v in values.values()])
+    frame = {}
+    for name, of_name in values.items():
+        used = of_name[complete if complete.any() else np.isfinite(of_name)]
+        frame[name] = _shift_and_scale(response if name == RESPONSE else name, used)
+    return Frame(
+        tuple(frame),
+        tuple(shift for shift, _ in frame.values()),
+        tuple(scale for _, scale in frame.values()),
+    )
+
+
+def _shift_and_scale(name: str, values: Floats) -> tuple[float, float]:
     """A power of two near the standard deviation, and a short number near the mean.
 
     Any finite shift and positive scale give the same fit but for rounding. A scale that is a power
     of two, and a shift that is a multiple of 1/16 of it, keep x - shift exact for most data.
     """
-    finite = values[np.isfinite(values)]
-    if not len(finite):
+    if not values.any():
         return 0.0, 1.0
-    with np.errstate(all="ignore"):
-        mean = float(finite.mean())
-        sd = float(finite.std())
-    if not math.isfinite(mean) or not math.isfinite(sd):  # beyond 1e154: sums overflow
-        return 0.0, _power_of_two(float(np.abs(finite).max()))
+    unit = int(np.frexp(np.abs(values).max())[1])
+    near = np.ldexp(values, -unit)  # exact, at most 1: no sum of squares overflows
+    mean, sd = float(near.mean()), float(near.std())
     if sd <= 1e-14 * abs(mean):
-        return float(finite[0]), _power_of_two(max(abs(mean), 1.0))
-    scale = _power_of_two(sd)
-    return round(mean / scale * 16) / 16 * scale, scale
-
-
-def _power_of_two(value: float) -> float:
-    return math.ldexp(1.0, min(max(round(math.log2(value)), -500), 500))
+        shift, exponent = float(near[0]), round(math.log2(abs(mean)))
+    else:
+        exponent = round(math.log2(sd))
+        shift = math.ldexp(round(math.ldexp(mean, 4 - exponent)), exponent - 4)
+    check_size(name, {ONE: math.ldexp(1.0, min(max(unit + exponent, -1000), 1000))})
+    shift, scale = math.ldexp(shift, unit), math.ldexp(1.0, unit + exponent)
+    check_size(name, {ONE: max(abs(shift), scale)})
+    return shift, scale

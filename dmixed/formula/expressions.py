@@ -272,6 +272,10 @@ def _known_call(name: str, text: str, arguments: tuple[Node, ...], named: dict[s
         for argument in arguments:
             if isinstance(argument, Literal) and not _is_number(argument.value):
                 raise FormulaError(f"{text}: {argument.text} is not a number")
+        if plain in ("round", "around") and len(arguments) == 2:
+            digits = arguments[1]
+            if not (isinstance(digits, Literal) and isinstance(digits.value, int)):
+                raise FormulaError(f"{text}: the number of digits must be a whole number")
         return Call(plain, (), arguments, text)
     if name not in STRUCTURED:
         raise _unknown_call(name, plain)

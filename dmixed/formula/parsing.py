@@ -163,9 +163,17 @@ def parse_parts(
         raise FormulaError(
             f"the formula {shown(fixed)} has a bar; give either the bar, or groups and re_formula"
         )
-    group = (groups,) if isinstance(groups, str) else tuple(groups)
+    group = (groups,) if isinstance(groups, str) else groups
+    if not isinstance(group, (list, tuple)) or not all(isinstance(x, str) for x in group):
+        raise FormulaError(
+            "groups must be the name of a column, or a list of names of columns, not "
+            f"{_kind(groups)}"
+        )
+    group = tuple(group)
     if not group:
         raise FormulaError("groups must name at least one column")
+    if re_formula is not None and not isinstance(re_formula, str):
+        raise FormulaError(f"re_formula must be text such as '~x', or None, not {_kind(re_formula)}")
     inside = tokenize("1" if re_formula is None else re_formula)
     if inside and inside[0].among("~"):
         inside = inside[1:]
@@ -181,6 +189,10 @@ def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token
     """Tokens left and right of the tilde."""
     if not isinstance(text, str):
         raise FormulaError(f"a formula is text, not {type(text).__name__}")
+    if isinstance(context, str) or not isinstance(context, Collection):
+        raise FormulaError(
+            f"context must map names to functions, as {{'f': f}}, not {_kind(context)}"
+        )
     for name in context:
         if name in STRUCTURED or not str(name).isidentifier():
             raise FormulaError(f"context: {shown(str(name))} cannot be the name of a function")
@@ -194,6 +206,14 @@ def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token
     _check_parentheses(left, text)
     _check_parentheses(right, text)
     return left, right
+
+
+def _kind(given: object) -> str:
+    """Type of an argument, for a message; of a list, the types of what it holds."""
+    kind = type(given).__name__
+    if not isinstance(given, (list, tuple)):
+        return kind
+    return f"{kind} of {', '.join(sorted({type(x).__name__ for x in given}))}"
 
 
 def _check_parentheses(tokens: Sequence[Token], text: str) -> None:
@@ -236,11 +256,22 @@ def _check(response: Node, terms: Sequence[Term]) -> None:
         raise FormulaError(f"the response {shown(response.text)} uses no column of the data")
     Expansion(Unknown()).row_by_row(response)
     for factor in dict.fromkeys(f for term in terms for f in term.factors):
+        if _plain(factor) == _plain(response):
+            raise FormulaError(
+                f"the response {shown(response.text)} is also right of '~'; leave it out there"
+            )
         data = categorical(factor)
         if data is not None and not isinstance(data, Name):
             Expansion(Unknown()).row_by_row(_with_pi(data, ()))
         elif data is None:
             Expansion(Unknown()).columns(_with_pi(factor, ()))
+
+
+def _plain(node: Node) -> Node:
+    """What ``I()`` is taken of; a column without its way of writing."""
+    while isinstance(node, Call) and node.function == "I":
+        node = node.option("x") or node
+    return Name(node.column, node.column) if isinstance(node, Name) else node
 
 
 def _with_pi(factor: Node, available: Collection[str]) -> Node:

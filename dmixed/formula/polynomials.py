@@ -27,6 +27,8 @@ Polynomial: TypeAlias = dict[Monomial, float]
 ONE: Monomial = ()
 MAX_DEGREE = 12
 MAX_MONOMIALS = 500
+LARGEST = 2.0**500
+"""Units beyond this (3e150), or below its inverse, have squares that over- or underflow."""
 SPLINES = ("bs", "cr", "cs", "cc")
 LEARNED = ("center", "scale", "standardize")
 
@@ -269,6 +271,7 @@ def times(a: Polynomial, b: Polynomial, node: Node) -> Polynomial:
         if len(product) > MAX_MONOMIALS:
             raise FormulaError(f"{node.text} expands to more than {MAX_MONOMIALS} products")
     check_degree(node, degree_of(product))
+    check_size(node.text, product)
     return product
 
 
@@ -288,9 +291,34 @@ def check_degree(node: Node, degree: int) -> None:
         )
 
 
+def check_size(name: str, *coefficients: Polynomial) -> None:
+    """Refuse a column whose squares, in the units of the data, are beyond a float.
+
+    Raises
+    ------
+    DataError
+        naming the column
+    """
+    for polynomial in coefficients:
+        size = max(abs(value) for value in polynomial.values())
+        if not size <= LARGEST:
+            raise DataError(
+                f"{name}: values so large that their squares overflow; rescale the column"
+            )
+        if 0 < size < 1 / LARGEST:
+            raise DataError(
+                f"{name}: values so small that their squares underflow; rescale the column"
+            )
+
+
 def degree_of(polynomial: Polynomial) -> int:
     """Total degree."""
     return max(sum(exponent for _, exponent in key) for key in polynomial)
+
+
+def shown_powers(monomial: Monomial) -> str:
+    """A product of powers for a message: ``x:z**2``."""
+    return ":".join(name if p == 1 else f"{name}**{p}" for name, p in monomial)
 
 
 def spline_fields(node: Call) -> list[int]:
