@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +19,12 @@ from dmixed.errors import ConvergenceWarning, DataError
 from dmixed.executor import Progress, collect, find_client
 from dmixed.fitting import Prepared, evaluate, fit, prepare
 from dmixed.formula import ParsedFormula, parse, parse_parts
+from dmixed.moments import better_frame
 from dmixed.optimizer import SCIPY_METHODS, Step
 from dmixed.results import MixedLMResults
 from dmixed.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
 
 PILOT_ROWS = 2_000
 """Rows from which the shifts and scales of the variables are taken."""
@@ -129,8 +134,17 @@ class MixedLM:
 
     @cached_property
     def moments(self) -> Moments:
-        """Moments of the rows: the one pass over the data."""
-        return collect(self.spec, self.source, self.client, self.progress)
+        """Moments of the rows: the one pass over the data.
+
+        Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away)
+        is there a second one, with shifts and scales that the first has taught.
+        """
+        found = collect(self.spec, self.source, self.client, self.progress)
+        frame = better_frame(found.group)
+        if frame is None:
+            return found
+        logger.info("the first rows are not like the rest: reading again with better shifts")
+        return collect(replace(self.spec, frame=frame), self.source, self.client, self.progress)
 
     @cached_property
     def _prepared(self) -> Prepared:

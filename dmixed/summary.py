@@ -282,7 +282,13 @@ def _notes(result: MixedLMResults) -> tuple[str, ...]:
             f"times {q}) and fixed effects ({p}): the variances are hardly determined. Take a "
             "simpler random part, or more rows per group."
         )
-    if result.singular:
+    blocks = result._prepared.problem.factors.blocks
+    for bar in (result._prepared.design.bars[j] for j in blocks.held):
+        notes.append(
+            f"{bar.text} lies within another bar: the likelihood cannot split what the two share, "
+            "and all of it is given to the larger one. Leave the smaller out."
+        )
+    if np.any(np.array(result._estimates.variances.zero) & blocks.moving):
         notes.append(
             "Singular fit: a variance is exactly zero or a correlation exactly one. The estimates "
             "are the optimum, but the random part is richer than these data can show; a simpler "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -21,6 +22,7 @@ from models import model_of
 
 import dmixed
 from dmixed import keys
+from dmixed.blocks import Frame
 from dmixed.moments import reframe
 
 FORMULA = "y ~ x + f + (1 + x | g)"
@@ -284,3 +286,22 @@ def test_fits_are_continuous_as_the_variance_vanishes():
     ols, *_ = np.linalg.lstsq(np.column_stack([np.ones(N), x]), x + e)
     assert np.allclose(fits[-1].fe_params, ols, atol=1e-9)
     assert np.allclose(fits[-1].ranef(), 0, atol=1e-12)
+
+
+def test_a_pilot_that_is_not_like_the_rest():
+    """Shifts 2000 standard deviations away: noticed, and no digit is lost."""
+    rng = np.random.default_rng(5)
+    g = np.arange(6000) % 60
+    x = rng.normal(2000.0, 1.0, 6000)
+    y = 0.01 * (x - 2000) ** 2 + rng.standard_normal(60)[g] + rng.standard_normal(6000)
+    d = pd.DataFrame({"y": y, "x": x, "g": g})
+    good, bad = (model_of("y ~ x + I(x**2) + (1 + x | g)", d) for _ in range(2))
+    names = bad.spec.frame.names
+    far = Frame(names, (0.0,) * len(names), (1.0,) * len(names))
+    vars(bad)["spec"] = dataclasses.replace(bad.spec, frame=far)
+    assert bad.moments.spec.frame != far
+    a, b = good.fit(), bad.fit()
+    assert b.llf == pytest.approx(a.llf, abs=1e-7)
+    assert np.all(np.abs(b.fe_params - a.fe_params) <= 1e-7 * a.bse_fe)
+    assert not b.aliased
+    assert b.optimizer_summary.certificate

@@ -159,6 +159,10 @@ class Rows:
         """(n,) where a column is missing; None if nowhere."""
         column = self.column(name)
         if kind_of(column.type) == "category" and not pa.types.is_boolean(column.type):
+            if pa.types.is_dictionary(column.type) and any(
+                chunk.dictionary.null_count for chunk in column.chunks
+            ):  # before pyarrow 26 is_null looks at the codes only
+                column = column.cast(column.type.value_type)
             return column.is_null().to_numpy() if column.null_count else None
         return not_finite(self.number(name))
 
@@ -291,7 +295,7 @@ def _factor(column: pa.ChunkedArray, name: str, place: str) -> Factor:
     declared = pa.types.is_dictionary(column.type)
     if pa.types.is_null(column.type) or len(column) == 0:
         return Factor(np.full(len(column), -1, np.int32), (), False)
-    if pa.types.is_decimal(column.type):
+    if pa.types.is_decimal(column.type) or pa.types.is_float16(column.type):
         column = column.cast(pa.float64())
     if pa.types.is_string_view(column.type):
         column = column.cast(pa.large_string())
