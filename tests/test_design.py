@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import reduce
@@ -537,6 +538,26 @@ class TestMissing:
         with pytest.raises(MissingDataError, match=r"log\(z\): not finite in row 0"):
             block(spec, broken)
 
+    @pytest.mark.parametrize("missing", ["raise", "none"])
+    def test_the_first_row_is_named_with_its_first_column(self, missing: str) -> None:
+        data = DATA.assign(w=1.0, o=0.0)
+        data.loc[9, "y"] = np.nan
+        data.loc[6, ["z", "w", "o"]] = np.nan
+        data.loc[8, "x"] = np.nan
+        data.loc[3, "w"] = -1.0  # said once nothing is missing
+        spec = specify(parse(self.formula), table(data), missing=missing, weights="w", offset="o")
+        with pytest.raises(MissingDataError, match=r"^z: missing in row 16;"):
+            block(spec, table(data), 10)
+        data["z"] = 1.0
+        with pytest.raises(MissingDataError, match=r"^w: missing in row 16;"):
+            block(spec, table(data), 10)
+        data.loc[6, "w"] = 1.0
+        with pytest.raises(MissingDataError, match=r"^o: missing in row 16;"):
+            block(spec, table(data), 10)
+        data["g"] = data["g"].where(data.index != 2)
+        with pytest.raises(MissingDataError, match=r"^g: missing in row 12;"):
+            block(spec, table(data), 10)
+
     def test_a_function_that_hides_missing_values_changes_nothing(self) -> None:
         data = DATA.assign(x=DATA["x"].where(DATA.index != 4))
         formula = "y ~ where(x > 3, 1, 0) + np.fmin(x, 2) + I(f == 'a') + (1 | g)"
@@ -584,6 +605,19 @@ class TestWeightsAndOffset:
         message = rf"weight 'w' is {weight:g} in row 117 \(part 3\)"
         with pytest.raises(DataError, match=message):
             block(spec, table(data), 100, "part 3")
+
+    def test_weights_of_rows_that_are_dropped_do_not_matter(self) -> None:
+        data = DATA.assign(w=1.0)
+        data.loc[17, ["x", "w"]] = np.nan, -1.0
+        data.loc[18, ["y", "w"]] = np.nan, 0.0
+        spec = specify(parse("y ~ x + (1 | g)"), table(data), weights="w")
+        made = block(spec, table(data))
+        assert made.dropped == {"y: missing": 1, "x: missing": 1}
+        assert made.block.weights is not None
+        assert (made.block.weights == 1).all()
+        data.loc[40, "w"] = 0.0
+        with pytest.raises(DataError, match="weight 'w' is 0 in row 40;"):
+            block(spec, table(data))
 
     def test_weights_that_are_text(self) -> None:
         with pytest.raises(DataError, match=r"column 'f' has type .*string.* number is needed"):
@@ -755,6 +789,11 @@ class TestOwnFunctions:
         np.testing.assert_allclose(X[:, 2:].sum(axis=1), 3 * DATA["x"], atol=1e-12)
         np.testing.assert_allclose(carried(design, batches) @ design.t_response, DATA["y"])
 
+    @pytest.mark.parametrize("context", [["h"], {"h": 3}])
+    def test_they_come_by_name(self, context: Any) -> None:
+        with pytest.raises(DataError, match="context must map names to functions"):
+            specify(parse("y ~ h(x) + (1 | g)", ["h"]), table(DATA), context=context)
+
     @pytest.mark.parametrize(
         ("function", "message"),
         [
@@ -834,10 +873,7 @@ class TestLearning:
     def test_values_that_overflow_are_named(self) -> None:
         data = DATA.copy()
         data.loc[200, "x"] = 1e200
-        with (
-            np.errstate(over="ignore"),
-            pytest.raises(DataError, match="x: values so large that their squares overflow"),
-        ):
+        with pytest.raises(DataError, match="x: values so large that their squares overflow"):
             fit("y ~ x + (1 | g)", table(data))
 
     def test_a_spline_names_values_out_of_bounds(self) -> None:
@@ -863,3 +899,118 @@ class TestLearning:
         data |= {name: [f"{name}{j}" for j in i % 60] for name in "ab"}
         with pytest.raises(DataError, match="the term a:b makes the design more than 2000"):
             fit("y ~ a:b + (1 | g)", pa.table(data))
+
+
+class TestSizes:
+    """Units of any size are fitted, or refused by name; nothing over- or underflows on the way."""
+
+    @pytest.mark.parametrize("formula", ["x", "f * x", "scale(x)", "poly(x, 3)", "x:z"])
+    @pytest.mark.parametrize("exponent", [-150, -100, 100, 149])
+    def test_far_units(self, formula: str, exponent: int) -> None:
+        unit = 10.0**exponent
+        data = DATA.assign(x=DATA["x"] * unit, y=DATA["y"] * unit)
+        design, batches = fit(f"y ~ {formula} + (1 | g)", table(data), CUTS[1])
+        near, _ = fit(f"y ~ {formula} + (1 | g)", table(DATA), CUTS[1])
+        expected = matrix(near, table(DATA)).X
+        raw = formula in ("x", "f * x", "x:z")  # the others have no units
+        units = [unit if raw and "x" in name else 1.0 for name in near.fixed_names]
+        X = carried(design, batches) @ design.T_fixed
+        np.testing.assert_allclose(X / units, expected, rtol=1e-9, atol=1e-9)
+        y = carried(design, batches) @ design.t_response
+        np.testing.assert_allclose(y / unit, DATA["y"], rtol=1e-12)
+        assert np.abs(carried(design, batches)).max() < 1e4
+
+    @pytest.mark.parametrize(
+        ("change", "formula", "message"),
+        [
+            ({"x": 1e160}, "x", "x: values so large that their squares overflow"),
+            ({"x": 1e305}, "scale(x)", "x: values so large that their squares overflow"),
+            ({"x": 1e-160}, "x", "x: values so small that their squares underflow"),
+            ({"x": 1e-300}, "f:x", "x: values so small that their squares underflow"),
+            ({"x": 1e-320}, "x", "x: values so small that their squares underflow"),
+            ({"y": 1e200}, "x", "y: values so large that their squares overflow"),
+            ({"y": 1e-200}, "x", "y: values so small that their squares underflow"),
+            ({"x": 1e100, "z": 1e100}, "x:z", "x:z: values so large"),
+            ({"x": 1e-100, "z": 1e-100}, "x:z", "x:z: values so small"),
+            ({"x": 1e-100}, "I(x**2)", r"I\(x \*\* 2\): values so small"),
+            ({"x": 1e-110}, "I(x**3)", r"x \*\* 3: values so small"),
+            ({"x": 1e110}, "I(x**3)", r"x \*\* 3: values so large"),
+            ({}, "exp(200 * x)", r"exp\(200 \* x\): values so large"),
+        ],
+    )
+    def test_beyond_that_is_named(
+        self, change: dict[str, float], formula: str, message: str
+    ) -> None:
+        data = DATA.assign(**{name: DATA[name] * unit for name, unit in change.items()})
+        with pytest.raises(DataError, match=f"{message}.*rescale the column"):
+            fit(f"y ~ {formula} + (1 | g)", table(data), CUTS[1])
+
+    def test_products_of_far_units_that_cancel(self) -> None:
+        data = DATA.assign(x=DATA["x"] * 1e-90, z=DATA["z"] * 1e90)
+        design, batches = fit("y ~ 0 + x:z + (1 | g)", table(data))
+        X = carried(design, batches) @ design.T_fixed
+        np.testing.assert_allclose(X[:, 0], DATA["x"] * DATA["z"], rtol=1e-12)
+
+    @pytest.mark.parametrize("column", ["x", "y"])
+    @pytest.mark.parametrize("outlier", [1e90, -1e155, 1e308])
+    def test_an_outlier_is_named_with_its_row(self, column: str, outlier: float) -> None:
+        data = DATA.copy()
+        data.loc[150, "x"] = np.nan
+        data.loc[200, column] = outlier
+        spec = specify(parse("y ~ x + (1 | g)"), table(data).slice(0, 100))
+        message = rf"{column}: values so large .*\({outlier:g} in row 1200 \(part 2\), among"
+        with pytest.raises(DataError, match=message.replace("+", r"\+")):
+            block(spec, table(data), 1000, "part 2")
+        whole = specify(parse("y ~ x + (1 | g)"), table(data.loc[:199]))
+        block(whole, table(data.loc[:199]))
+        if abs(outlier) > 1e100:
+            with pytest.raises(DataError, match=f"{column}: values so large"):
+                specify(parse("y ~ x + (1 | g)"), table(data))
+
+    def test_outliers_whose_product_overflows(self) -> None:
+        data = DATA.copy()
+        data.loc[200, ["x", "z"]] = 1e40
+        fit("y ~ x + z + (1 | g)", table(data))
+        with pytest.raises(DataError, match="x:z: values so large that their squares overflow"):
+            fit("y ~ x:z + (1 | g)", table(data))
+
+    def test_values_lost_next_to_a_pilot_of_zeros(self) -> None:
+        data = table(DATA.assign(x=np.where(DATA.index < 100, 0.0, 1e-100)))
+        with pytest.raises(DataError, match="x: values so small that their squares underflow"):
+            fit("y ~ x + (1 | g)", data)
+
+
+class TestPilot:
+    def test_only_complete_rows_decide(self) -> None:
+        data = DATA.copy()
+        data.loc[:89, "y"] = np.nan
+        data.loc[:89, "x"] = 1e12
+        spec = specify(parse("y ~ x + (1 | g)"), table(data).slice(0, 100))
+        shift, scale = spec.frame.of("x")
+        assert abs(shift - 3) < 4
+        assert 0.5 <= scale <= 4
+
+    def test_without_complete_rows_each_column_decides(self) -> None:
+        even = DATA.index % 2 == 0
+        data = DATA.assign(x=(DATA["x"] + 1e6).where(even), y=DATA["y"].where(~even))
+        assert abs(specify(parse("y ~ x + (1 | g)"), table(data)).frame.of("x")[0] - 1e6) < 10
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("formula", "name"),
+        [
+            ("y ~ Intercept + (1 | g)", "Intercept"),
+            ("y ~ f + `f[T.b]` + (1 | g)", "f[T.b]"),
+            ("y ~ x + (f + `f[T.b]` | g)", "f[T.b]"),
+        ],
+    )
+    def test_two_coefficients_of_one_name(self, formula: str, name: str) -> None:
+        data = table(DATA.rename(columns={"big": name}))
+        with pytest.raises(DataError, match=rf"columns called '{re.escape(name)}'.*rename the col"):
+            fit(formula, data)
+
+    def test_names_may_recur_elsewhere(self) -> None:
+        data = table(DATA.rename(columns={"x": "Intercept"}))
+        design, _ = fit("y ~ 0 + Intercept + (1 | g) + (0 + Intercept | g)", data)
+        assert design.fixed_names == design.bars[0].names == design.bars[1].names == ("Intercept",)

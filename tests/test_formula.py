@@ -6,6 +6,7 @@ import pickle
 import re
 import time
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -437,3 +438,51 @@ def test_any_words_are_read_or_refused(words: list[str], space: str) -> None:
 def test_any_characters_are_read_or_refused(text: str) -> None:
     assert read_or_refused(text)
     assert read_or_refused(f"y ~ {text} + (1|g)")
+
+
+@pytest.mark.parametrize("groups", [5, None, {"g": 1}, ["g", 3], pd.Series(["a", "b"]), b"g"])
+def test_groups_must_be_names(groups: object) -> None:
+    with pytest.raises(FormulaError, match="groups must be the name of a column"):
+        parse_parts("y ~ x", groups, None)  # type: ignore[arg-type]
+
+
+def test_re_formula_must_be_text() -> None:
+    with pytest.raises(FormulaError, match=r"re_formula must be text .*not int"):
+        parse_parts("y ~ x", "g", 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("context", [5, "h"])
+def test_context_must_hold_names(context: object) -> None:
+    with pytest.raises(FormulaError, match="context must map names to functions"):
+        parse("y ~ x + (1 | g)", context)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", ["round(x, k)", "round(x, 1.5)", "np.around(x, 1 + k)"])
+def test_digits_of_round_are_a_whole_number(call: str) -> None:
+    with pytest.raises(FormulaError, match="number of digits must be a whole number"):
+        parse(f"y ~ {call} + (1 | g)")
+    assert fixed("round(x, 2) + round(x) + round(x, -1)")[1:] == [
+        "round(x, 2)",
+        "round(x)",
+        "round(x, -1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "y ~ x + (y | g)",
+        "y ~ x + y + (1 | g)",
+        "y ~ x:`y` + (1 | g)",
+        "y ~ I(y) + (1 | g)",
+        "log(y) ~ x + (log(y) | g)",
+    ],
+)
+def test_the_response_is_on_one_side(formula: str) -> None:
+    with pytest.raises(FormulaError, match=r"the response .*y.* is also right of '~'"):
+        parse(formula)
+    assert parse("y ~ lag_y + I(y > 0) + (1 | g)").fixed
+
+
+def test_literals_of_any_size_wait_for_the_data() -> None:
+    assert fixed("I(1e200 * x)") == ["1", "I(1e+200 * x)"]

@@ -88,15 +88,10 @@ class _Complete:
                 'missing="drop" leaves such rows out and counts them'
             )
 
-    def row(self, bad: NDArray[np.bool_]) -> int | None:
-        """Position in the batch of the first of some rows that is complete, if any is."""
+    def place(self, row: int) -> str:
+        """Which row of the data one of the complete rows is, for messages."""
         if self.kept is not None:
-            bad = bad & self.kept
-        row = int(np.argmax(bad)) if len(bad) else 0
-        return row if len(bad) and bad[row] else None
-
-    def named(self, row: int) -> str:
-        """A row, for messages."""
+            row = int(np.flatnonzero(self.kept)[row])
         return f"row {self.row0 + row}{self.rows.place}"
 
 
@@ -148,14 +143,14 @@ def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> 
         with np.errstate(over="ignore"):  # refused below
             variables[0] = variables[0] - rows.number(spec.offset)
     complete.check()
-    _check_weights(spec, weights, complete)
-    _check_sizes(spec, variables, complete)
     kept = complete.kept
     if kept is not None:
         variables = [v[kept] for v in variables]
         factors = {k: Factor(f.codes[kept], f.levels, f.declared) for k, f in factors.items()}
         weights = None if weights is None else weights[kept]
         group, labels = _regroup(group[kept], labels)
+    _check_weights(spec, weights, complete)
+    _check_sizes(spec, variables, complete)
     levels = {name: _levels_met(name, factor, rows.place) for name, factor in factors.items()}
     made = _assemble(spec, variables, factors, group, len(labels), weights, rows.place)
     return Batch(made, labels, complete.dropped, levels)
@@ -195,31 +190,29 @@ def _check_weights(spec: DesignSpec, weights: Floats | None, complete: _Complete
     """Refuse a weight that is not positive in a row that is used."""
     if weights is None or len(weights) == 0 or weights.min() > 0:
         return
-    row = complete.row(weights <= 0)
-    if row is not None:
+    row = int(np.argmax(weights <= 0))
+    if weights[row] <= 0:
         raise DataError(
-            f"weight {spec.weights!r} is {weights[row]:g} in {complete.named(row)}; "
+            f"weight {spec.weights!r} is {weights[row]:g} in {complete.place(row)}; "
             "weights must be positive"
         )
 
 
 def _check_sizes(spec: DesignSpec, variables: Sequence[Floats], complete: _Complete) -> None:
-    """Refuse values so far from the pilot's that the cross-products would overflow."""
+    """Refuse values, of complete rows, so large that the cross-products would overflow."""
     digits: dict[str, float] = {}
     frame = zip(spec.frame.names, spec.frame.shift, spec.frame.scale, variables, strict=True)
     for name, shift, scale, values in frame:
-        used = values if complete.kept is None else values[complete.kept]
-        if len(used) == 0:
+        if len(values) == 0:
             return
-        low, high = float(used.min()), float(used.max())
+        low, high = float(values.min()), float(values.max())
         largest = max(shift - low, high - shift) / scale
         if not largest <= MAX_SIZE:
-            row = complete.row(values == (low if shift - low > high - shift else high))
-            assert row is not None
+            row = int(values.argmin() if shift - low > high - shift else values.argmax())
             shown = spec.formula.response_text if name == RESPONSE else name
             raise DataError(
                 f"{shown}: values so large that their squares overflow ({values[row]:g} in "
-                f"{complete.named(row)}, among values near {max(abs(shift), scale):.1g}); "
+                f"{complete.place(row)}, among values near {max(abs(shift), scale):.1g}); "
                 "rescale the column, or leave the row out"
             )
         digits[name] = math.log10(max(largest, 1.0))

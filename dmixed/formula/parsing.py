@@ -173,7 +173,9 @@ def parse_parts(
     if not group:
         raise FormulaError("groups must name at least one column")
     if re_formula is not None and not isinstance(re_formula, str):
-        raise FormulaError(f"re_formula must be text such as '~x', or None, not {_kind(re_formula)}")
+        raise FormulaError(
+            f"re_formula must be text such as '~x', or None, not {_kind(re_formula)}"
+        )
     inside = tokenize("1" if re_formula is None else re_formula)
     if inside and inside[0].among("~"):
         inside = inside[1:]

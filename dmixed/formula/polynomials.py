@@ -9,6 +9,7 @@ rows. Before the pass the same expansion, with arbitrary coefficients, tells wha
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -271,7 +272,10 @@ def times(a: Polynomial, b: Polynomial, node: Node) -> Polynomial:
         if len(product) > MAX_MONOMIALS:
             raise FormulaError(f"{node.text} expands to more than {MAX_MONOMIALS} products")
     check_degree(node, degree_of(product))
-    check_size(node.text, product)
+    if any(a.values()) and any(b.values()):
+        size = max(abs(value) for value in product.values())
+        if size == 0 or not math.isfinite(size):
+            check_size(node.text, {ONE: size or sys.float_info.min})
     return product
 
 
@@ -291,7 +295,7 @@ def check_degree(node: Node, degree: int) -> None:
         )
 
 
-def check_size(name: str, *coefficients: Polynomial) -> None:
+def check_size(name: str, polynomial: Polynomial) -> None:
     """Refuse a column whose squares, in the units of the data, are beyond a float.
 
     Raises
@@ -299,16 +303,11 @@ def check_size(name: str, *coefficients: Polynomial) -> None:
     DataError
         naming the column
     """
-    for polynomial in coefficients:
-        size = max(abs(value) for value in polynomial.values())
-        if not size <= LARGEST:
-            raise DataError(
-                f"{name}: values so large that their squares overflow; rescale the column"
-            )
-        if 0 < size < 1 / LARGEST:
-            raise DataError(
-                f"{name}: values so small that their squares underflow; rescale the column"
-            )
+    size = max(abs(value) for value in polynomial.values())
+    if not size <= LARGEST:
+        raise DataError(f"{name}: values so large that their squares overflow; rescale the column")
+    if 0 < size < 1 / LARGEST:
+        raise DataError(f"{name}: values so small that their squares underflow; rescale the column")
 
 
 def degree_of(polynomial: Polynomial) -> int:
