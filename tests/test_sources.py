@@ -174,7 +174,8 @@ class TestColumns:
         (part,) = open_source(frame).parts(["x", "n"])
         for name in ("x", "n"):
             column = load(part).column(name).chunk(0).to_numpy()
-            assert np.shares_memory(column, frame[name].to_numpy())
+            shared = np.shares_memory(column, frame[name].to_numpy())
+            assert shared == memory._copy_on_write()  # before, a later change would show through
 
     @pytest.mark.parametrize(
         ("values", "kind"),

@@ -35,7 +35,7 @@ class MemorySource:
     columns: tuple[str, ...]
     convert: Callable[[Sequence[str]], pa.Table]
     labels: pd.Index | None = None
-    _converted: dict[tuple[str, ...], pa.Table] = field(default_factory=dict, repr=False)
+    _converted: dict[str, pa.ChunkedArray] = field(default_factory=dict, repr=False)
 
     def head(self, columns: Sequence[str], rows: int) -> pa.Table:
         """Evenly strided sample."""
@@ -59,12 +59,13 @@ class MemorySource:
         return self.labels
 
     def _table(self, columns: Sequence[str]) -> pa.Table:
-        """Return the columns as Arrow; the last conversion is kept."""
+        """Return the columns as Arrow; each is converted once and stays what it was then."""
         wanted = check_columns(columns, self.columns)
-        if wanted not in self._converted:
-            self._converted.clear()
-            self._converted[wanted] = _plain(self.convert(wanted))
-        return self._converted[wanted]
+        missing = [name for name in wanted if name not in self._converted]
+        if missing:
+            table = _plain(self.convert(missing))
+            self._converted.update({name: table.column(name) for name in missing})
+        return pa.table({name: self._converted[name] for name in wanted})
 
 
 @dataclass(frozen=True, slots=True)
