@@ -33,7 +33,7 @@ UNRESOLVED = 1.0
 """Rounding error of the criterion, deviance units, above which no estimate means anything."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """A model on its moments, ready to be evaluated.
 
@@ -95,7 +95,7 @@ def prepare(moments: Moments) -> Prepared:
     return Prepared(moments, design, found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Estimates:
     """Estimates of one fit, in user units and in the working coordinates they came from.
 

@@ -225,10 +225,7 @@ def _plain(values: pa.Array, plain: pa.DataType, name: str) -> pa.Array:
     """Values in their plain type, null where they are missing."""
     if plain == pa.int64():
         return _integers(values, name)
-    try:
-        values = values.cast(plain)
-    except pa.ArrowNotImplementedError:  # string_view before pyarrow 18
-        raise _refused(values.type, name) from None
+    values = values.cast(plain)
     if plain == pa.float64():
         values = pc.if_else(pc.is_finite(values), pc.add(values, 0.0), None)  # -0.0 becomes 0.0
     return values

@@ -27,9 +27,6 @@ def values(labels: Labels) -> list:
     return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
-needs_views = pytest.mark.skipif(
-    int(pa.__version__.split(".")[0]) < 18, reason="pyarrow < 18 cannot cast string_view"
-)
 STRANGE = ["", "NA", "nan", "None", "é", "e\u0301", "日本", "a b", " a", "\U0001f600"]
 
 
@@ -46,7 +43,7 @@ class TestEncode:
         [
             pa.string(),
             pa.large_string(),
-            pytest.param(pa.string_view(), marks=needs_views),
+            pa.string_view(),
             pa.dictionary(pa.int8(), pa.string()),
             pa.dictionary(pa.int64(), pa.large_string()),
         ],

@@ -381,8 +381,6 @@ class TestMemoryParts:
         assert load(source.parts(["x"])[0]).to_pydict() == {"x": [1.0, 2.0]}
 
     def test_uncommon_storage(self):
-        if not hasattr(pa, "string_view"):
-            pytest.skip("no string_view")
         values = ["a", "a", None, "b"]
         data = pa.table(
             {
