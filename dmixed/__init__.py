@@ -11,8 +11,9 @@ from dmixed.errors import (
     MissingDataError,
     NotSupportedError,
 )
-from dmixed.model import MixedLM, lmer
+from dmixed.model import MixedLM, lmer, mixedlm
 from dmixed.moments import GroupMoments
+from dmixed.params import MixedLMParams, VCSpec
 from dmixed.results import MixedLMResults
 
 __version__ = version("dmixed")
@@ -25,9 +26,12 @@ __all__ = [
     "GroupMoments",
     "MissingDataError",
     "MixedLM",
+    "MixedLMParams",
     "MixedLMResults",
     "Moments",
     "NotSupportedError",
+    "VCSpec",
     "__version__",
     "lmer",
+    "mixedlm",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import pandas as pd
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -308,6 +310,8 @@ def _check_out(out: str) -> None:
 def write_result(result: MixedLMResults, out: Path) -> None:
     """Write ``result.json`` and ``random_effects.parquet``, all or nothing.
 
+    With several factors there is a ``random_effects_FACTOR.parquet`` for each.
+
     Parameters
     ----------
     result
@@ -328,20 +332,36 @@ def write_result(result: MixedLMResults, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out if exists else out.parent))
     try:
-        effects = result.ranef()
-        taken = set(effects.columns)
-        effects.index.names = [f"group {n}" if n in taken else n for n in effects.index.names]
-        effects.reset_index().to_parquet(staging / RANDOM_EFFECTS, index=False)
-        text = json.dumps(_strict(result.to_dict()), indent=2, allow_nan=False, ensure_ascii=False)
+        tables = _effect_tables(result)
+        for name, effects in tables.items():
+            taken = set(effects.columns)
+            effects.index.names = [f"group {n}" if n in taken else n for n in effects.index.names]
+            effects.reset_index().to_parquet(staging / name, index=False)
+        record = {**result.to_dict(), "random_effects": list(tables)}
+        text = json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False)
         (staging / RESULT).write_text(text + "\n", encoding="utf-8")
         if exists:
-            for name in (RANDOM_EFFECTS, RESULT):
+            for name in (*tables, RESULT):
                 (staging / name).replace(out / name)
         else:
             staging.chmod(0o777 & ~_umask())
             staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _effect_tables(result: MixedLMResults) -> dict[str, pd.DataFrame]:
+    """Tables of random effects by file name: one for each factor where there are several."""
+    found = result.ranef()
+    if isinstance(found, pd.DataFrame):
+        return {RANDOM_EFFECTS: found}
+    tables: dict[str, pd.DataFrame] = {}
+    for label, table in found.items():
+        stem = f"random_effects_{re.sub(r'[^A-Za-z0-9_.-]', '_', label)}"
+        while f"{stem}.parquet" in tables:
+            stem += "_"
+        tables[f"{stem}.parquet"] = table
+    return tables
 
 
 def _strict(value: Any) -> Any:

@@ -27,9 +27,9 @@ class Moments:
     levels
         levels met, per factor
     labels
-        the groups' labels, G of them
+        labels of the cells that the rows have, G of them: combinations of all keys of the spec
     group
-        the numbers, see `GroupMoments`
+        the numbers of each cell, see `GroupMoments`
     dropped
         rows dropped, by reason
     """
@@ -54,7 +54,7 @@ class Moments:
         return learn(self.spec, self.levels, self.group.columns, self.group.plain, self.nobs)
 
     def __add__(self, other: Moments) -> Moments:
-        """Moments of both sets of rows; groups are aligned by label, columns by name."""
+        """Moments of both sets of rows; cells are aligned by label, columns by name."""
         return merge([self, other]) if isinstance(other, Moments) else NotImplemented
 
     def __radd__(self, other: int) -> Moments:
@@ -89,7 +89,7 @@ def parts_moments(
 
 
 class _State:
-    """Moments under way: sums, and the labels of the groups met so far."""
+    """Moments under way: sums, and the labels of the cells met so far."""
 
     def __init__(self, batch: Batch) -> None:
         self.sums = Accumulator(batch.block)

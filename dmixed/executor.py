@@ -29,8 +29,11 @@ from dmixed.collect import Moments, merge, parts_moments
 from dmixed.design import DesignSpec
 from dmixed.errors import DmixedError
 from dmixed.factors import Factors
-from dmixed.likelihood import GROUPS, ProfileTerms, profile_terms
+from dmixed.likelihood import profile_terms
+from dmixed.nested import Bucket
+from dmixed.onelevel import GROUPS
 from dmixed.sources import Part, Source
+from dmixed.terms import ProfileTerms
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int | None], None]
@@ -46,7 +49,10 @@ RETRIES = 3
 """Times that a cluster repeats a task that failed for reasons of its own."""
 
 SLICE = 16 * GROUPS
-"""Groups evaluated by one task; set by the data, so that sums do not depend on the machine."""
+"""Groups of one factor evaluated by one task."""
+
+TASK_CHUNKS = 16
+"""Chunks of clusters evaluated by one task."""
 
 
 @cache
@@ -234,19 +240,28 @@ def compute(
 
 
 class Evaluator:
-    """`ProfileTerms` of all groups at a root of Psi, in threads of this process."""
+    """`ProfileTerms` of all groups at a root of Psi, in threads of this process.
+
+    What one task evaluates is set by the data, so that sums do not depend on the machine.
+    """
 
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
         self.slices = [
-            slice(start, min(start + SLICE, factors.n_groups))
-            for start in range(0, factors.n_groups, SLICE)
+            (part, slice(start, min(start + step, part.n_groups)))
+            for part in factors.parts
+            for step in [TASK_CHUNKS * part.step if isinstance(part, Bucket) else SLICE]
+            for start in range(0, part.n_groups, step)
         ]
 
     def __call__(self, root: Floats, order: int = 2) -> ProfileTerms:
         """Terms up to derivatives of an order, added slice by slice in order."""
-        one = partial(profile_terms, self.factors, root, order)
-        if len(self.slices) == 1:
-            return one(self.slices[0])
-        tasks = [delayed(one, pure=False)(groups) for groups in self.slices]
+        blocks = self.factors.blocks
+        calls = [
+            partial(profile_terms, blocks, part, root, order, groups)
+            for part, groups in self.slices
+        ]
+        if len(calls) == 1:
+            return calls[0]()
+        tasks = [delayed(call, pure=False)() for call in calls]
         return reduce(add, dask.compute(*tasks, scheduler="threads"))

@@ -1,8 +1,9 @@
-"""From moments to triangular factors in well-conditioned coordinates, subtracting early or never.
+"""From moments to what the likelihood is evaluated on, subtracting early or never.
 
-Each group's W is reduced to ``R`` with R'R = WtW and ``T = Q'F`` (W = Q R, Q never formed), and
-what no group's W explains to one matrix ``F_w``. Formulas: moments are first centred within each
-group, so that group means cancel before, not after, products are taken.
+With one grouping factor each group's W is reduced to ``R`` with R'R = WtW and ``T = Q'F``
+(W = Q R, Q never formed), and what no group's W explains to one matrix ``F_w``. Moments are
+first centred within each group, so that group means cancel before, not after, products are
+taken. With several factors the moments of cells are put together in `levels`.
 """
 
 from __future__ import annotations
@@ -14,165 +15,33 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Column, Floats
+from dmixed.coordinates import Basis, Response, working_basis, working_response
 from dmixed.covariance import Blocks
+from dmixed.levels import Cells, Term, buckets
 from dmixed.moments import GroupMoments
+from dmixed.nested import Bucket
+from dmixed.onelevel import OneLevel
 
 PIVOT = 1e-14
 """A pivot below this fraction of the uncentred second moment is a zero row of R (n_g < q)."""
 
-DEPENDENT = 1e-11
-"""Squared relative residual below which a column of X depends on those before it (sd: 3e-6)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """Well-conditioned coordinates of a set of columns ``X = F coefficients``.
-
-    Attributes
-    ----------
-    kept
-        positions of the independent columns, in order; the others are aliased
-    work
-        (k, p): working columns ``X_work = F work``
-    to_work
-        (p, p), upper triangular: ``X[:, kept] = X_work to_work``
-    """
-
-    kept: tuple[int, ...]
-    work: Floats
-    to_work: Floats
-
-    @property
-    def log_jacobian(self) -> float:
-        """log|det to_work|."""
-        return float(np.log(np.abs(np.diag(self.to_work))).sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """The response in working coordinates: ``y = scale F work + X_work beta``.
-
-    What the working columns of X can take up of it (its shift, if X has an intercept) is taken
-    away in the coefficients, exactly, so that a large mean costs no digits.
-    """
-
-    work: Floats
-    beta: Floats
-    scale: float
-
-
-def working_basis(
-    columns: Sequence[Column], gram: Floats, coefficients: Floats
-) -> tuple[Basis, Floats]:
-    """Independent columns of ``F coefficients`` and a basis of their span that loses no digits.
-
-    Orthogonalising the *coefficients* (scaled by the root mean square of their columns) removes
-    shifts exactly: for x with mean/sd 1e8 next to an intercept the working column is the shifted
-    x. Dependence in the data is judged on the Gram matrix of the working columns; as in lme4,
-    of dependent columns the last ones go.
-
-    Parameters
-    ----------
-    columns, gram, coefficients
-        k labels of the carried columns, their (k, k) cross-products, and (k, p)
-
-    Returns
-    -------
-    basis
-    Q
-        (k, p'): orthonormal scaled coefficients of the working columns, for `working_response`
-    """
-    k, p = coefficients.shape
-    size, inverse = _sizes(gram)
-    correlation = gram * inverse[:, None] * inverse
-    scaled = _finest_cells(columns, coefficients) * size[:, None]
-    kept: list[int] = []
-    Q, to_work = np.zeros((k, p)), np.zeros((p, p))
-    R = np.zeros((p, p))  # Cholesky factor of the Gram matrix of the working columns
-    for j in range(p):
-        m = len(kept)
-        r, h = _remainder(Q[:, :m], scaled[:, j])
-        norm, whole = float(np.linalg.norm(r)), float(np.linalg.norm(scaled[:, j]))
-        if norm <= 1e-13 * whole:
-            continue
-        q = r / norm
-        cross = solve_triangular(R[:m, :m], Q[:, :m].T @ correlation @ q, trans="T")
-        own = float(q @ correlation @ q)
-        pivot = own - float(cross @ cross)
-        if pivot <= DEPENDENT * own or own <= DEPENDENT:
-            continue
-        Q[:, m], R[:m, m], R[m, m] = q, cross, np.sqrt(pivot)
-        to_work[:m, m], to_work[m, m] = h, norm
-        kept.append(j)
-    p = len(kept)
-    return Basis(tuple(kept), Q[:, :p] * inverse[:, None], to_work[:p, :p]), Q[:, :p]
-
-
-def working_response(
-    columns: Sequence[Column], gram: Floats, Q: Floats, response: Floats
-) -> Response:
-    """The response (k,) in the coordinates of a working basis."""
-    size, inverse = _sizes(gram)
-    scaled = _finest_cells(columns, response[:, None])[:, 0] * size
-    r, h = _remainder(Q, scaled)
-    scale = float(np.linalg.norm(r))
-    work = r / scale * inverse if scale > 0 else np.zeros(len(r))
-    return Response(work, h, scale)
-
-
-def _sizes(gram: Floats) -> tuple[Floats, Floats]:
-    """Root diagonal of a Gram matrix and its inverse; zero for columns that are zero."""
-    size = np.sqrt(np.diag(gram))
-    return size, np.divide(1.0, size, out=np.zeros(len(size)), where=size > 0)
-
-
-def _remainder(Q: Floats, v: Floats) -> tuple[Floats, Floats]:
-    """Part of v outside the span of orthonormal Q, and coefficients inside; twice is enough."""
-    h = Q.T @ v
-    r = v - Q @ h
-    again = Q.T @ r
-    return r - Q @ again, h + again
-
-
-def _finest_cells(columns: Sequence[Column], coefficients: Floats) -> Floats:
-    """The same columns of X, written in the finest cells that are carried.
-
-    A column over every row is the sum of its products with the indicators of all levels of a
-    factor; written so, ``0 + f + x`` finds that the shift of x lies in the span of f.
-    """
-    T = coefficients.copy()
-    names = [frozenset(factor for factor, _ in column.cell) for column in columns]
-    order = sorted(range(len(columns)), key=lambda j: len(names[j]))
-    for j in order:
-        finer = [
-            i
-            for i in range(len(columns))
-            if names[i] > names[j] and columns[i].powers == columns[j].powers
-        ]
-        if not finer or not T[j].any():
-            continue
-        chosen = min((names[i] for i in finer), key=lambda s: (len(s), sorted(s)))
-        cell = set(columns[j].cell)
-        inside = [i for i in finer if names[i] == chosen and cell <= set(columns[i].cell)]
-        T[inside] += T[j]
-        T[j] = 0.0
-    return T
-
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Per-group factors of a model in working coordinates; all that the likelihood needs.
-
-    The group axis comes last and is contiguous. W_g = Q_g R_g, T_g = Q_g'F with F = [X y].
+    """A model in working coordinates; all that the likelihood needs. k = p + 1, F = [X y].
 
     Attributes
     ----------
     blocks
-        sizes of the bars' covariance blocks, q in all
-    RT
-        (r, q + k, G): R and T side by side; k = p + 1, dimensionless
+        sizes of the blocks of Psi, q in all
+    parts
+        what the groups hold: `OneLevel` factors, or `Bucket` after bucket of clusters
     Fw
-        (k, k): cross-products of F outside the span of the groups' W
+        (k, k): what the parts leave of F'F
+    within
+        (k, k): cross-products of F outside the span of the random columns of every cell
+    rank_random
+        dimension of that span
     nobs
         rows
     stored
@@ -183,24 +52,22 @@ class Factors:
         units of y per unit of the working response
     log_weights
         sum of log weights
-    rank_random
-        number of non-zero rows of all R
     """
 
     blocks: Blocks
-    RT: Floats
+    parts: tuple[OneLevel | Bucket, ...]
     Fw: Floats
+    within: Floats
+    rank_random: int
     nobs: int
     stored: Floats
     log_jacobian: float
     y_scale: float
     log_weights: float
-    rank_random: int
 
     def __post_init__(self) -> None:
-        q, k = self.blocks.q, len(self.Fw)
-        assert self.RT.shape[1] == q + k
-        assert self.Fw.shape == (k, k)
+        k = len(self.Fw)
+        assert self.Fw.shape == self.within.shape == (k, k)
         assert self.stored.shape == (k,)
 
     @property
@@ -208,19 +75,15 @@ class Factors:
         """Number of fixed effects."""
         return len(self.Fw) - 1
 
-    @property
-    def n_groups(self) -> int:
-        """Number of groups."""
-        return int(self.RT.shape[2])
-
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """Factors of the carried columns: R (r, r, G) upper, T (r, k, G), Fw (k, k)."""
+    """Factors of the carried columns: R (r, r, G) upper, T (r, k, G), Fw and FtF (k, k)."""
 
     R: Floats
     T: Floats
     Fw: Floats
+    FtF: Floats
 
 
 def _carried_factors(moments: GroupMoments) -> _Carried:
@@ -251,7 +114,7 @@ def _carried_factors(moments: GroupMoments) -> _Carried:
         T[a] *= inverse
         R[a, a:] = T[a, random[a:]]
         Fw -= T[a] @ T[a].T
-    return _Carried(R, T, Fw)
+    return _Carried(R, T, Fw, FtF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,92 +128,163 @@ class Problem:
     natural
         (q, q), block diagonal: ``b_natural = natural b_user`` for the random effects, so that
         ``Psi_natural = natural Psi natural'``
+    terms
+        random terms with their columns in natural coordinates
     factors
-        per-group factors
+        what is evaluated
     """
 
     fixed: Basis
     response: Response
     natural: Floats
+    terms: tuple[Term, ...]
     factors: Factors
+
+    @property
+    def one_level(self) -> bool:
+        """Whether there is one grouping factor, each group for itself."""
+        return isinstance(self.factors.parts[0], OneLevel)
 
 
 class DependentColumns(ValueError):
-    """Columns of a random term are linearly dependent; ``bar`` and ``column`` are positions."""
+    """Columns of a random term are linearly dependent; ``block`` and ``column`` are positions."""
 
-    def __init__(self, bar: int, column: int) -> None:
-        super().__init__(bar, column)
-        self.bar, self.column = bar, column
+    def __init__(self, block: int, column: int) -> None:
+        super().__init__(block, column)
+        self.block, self.column = block, column
 
 
-def problem(
-    moments: GroupMoments, exog: Floats, endog: Floats, exog_re: Sequence[Floats]
-) -> Problem:
+def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[Term]) -> Problem:
     """Coordinates and factors of the model with these columns.
 
     Parameters
     ----------
     moments
-        of the k carried columns
-    exog, endog, exog_re
-        (k, p), (k,) and one (k, q_j) per bar: X, y and Z_j as combinations of carried columns
+        of the k carried columns, per cell
+    exog, endog
+        (k, p), (k,): X and y as combinations of carried columns
+    terms
+        random terms, in order of their blocks
 
     Raises
     ------
     DependentColumns
         a bar's columns are linearly dependent
+    levels.TooManyLevels
+        factors are crossed in more levels than dense algebra can take
     """
     columns, gram = moments.columns, moments.FtF
     fixed, Q = working_basis(columns, gram, exog)
     response = working_response(columns, gram, Q, endog)
-    rows = list(moments.random)
-    columns_re, gram_re = [columns[i] for i in rows], gram[np.ix_(rows, rows)]
-    W, natural = [], []
-    for j, coefficients in enumerate(exog_re):
-        basis, _ = working_basis(columns_re, gram_re, coefficients[rows])
-        missing = set(range(coefficients.shape[1])) - set(basis.kept)
-        if missing:
-            raise DependentColumns(j, min(missing))
-        # B'B = mean of WtW over the groups: in the basis W B^-1 a relative covariance of I means
-        # reliability 1/2, whatever the units.
-        mean = basis.work.T @ gram_re @ basis.work / moments.n_groups
-        B = np.linalg.cholesky(mean).T
-        W.append(solve_triangular(B.T, basis.work.T, lower=True).T)
-        natural.append(B @ basis.to_work)
-    held = _contained(columns_re, gram_re, [coefficients[rows] for coefficients in exog_re])
-    blocks = Blocks(tuple(part.shape[1] for part in natural), held)
+    naturals, own = _natural(moments, terms)
+    held = _contained(moments, terms)
+    blocks = Blocks(tuple(len(part) for part in naturals), held)
     F = np.column_stack([fixed.work, response.work])
     carried = _carried_factors(moments)
+    within = F.T @ carried.Fw @ F
+    parts: tuple[OneLevel | Bucket, ...]
+    if _each_for_itself(terms, moments.n_groups):
+        W = np.column_stack([term.T for term in own])[list(moments.random)]
+        parts, Fw = (OneLevel(_recoded(carried, W, F)),), within
+    else:
+        parts, taken = buckets(blocks, own, _cells(moments, own, F))
+        Fw = F.T @ carried.FtF @ F - taken
     factors = Factors(
         blocks=blocks,
-        RT=_recoded(carried, np.column_stack(W), F),
-        Fw=F.T @ carried.Fw @ F,
+        parts=parts,
+        Fw=Fw,
+        within=within,
+        rank_random=int(np.count_nonzero(np.einsum("aag->ag", carried.R))),
         nobs=moments.nobs,
         stored=np.einsum("ij,ik,kj->j", F, gram, F),
         log_jacobian=fixed.log_jacobian,
         y_scale=response.scale,
         log_weights=moments.log_weights,
-        rank_random=int(np.count_nonzero(np.einsum("aag->ag", carried.R))),
     )
-    return Problem(fixed, response, blocks.join(natural), factors)
+    return Problem(fixed, response, blocks.join(naturals), own, factors)
 
 
-def _contained(columns: Sequence[Column], gram: Floats, bars: Sequence[Floats]) -> tuple[int, ...]:
-    """Bars whose columns lie in the span of another bar's; of two equal ones the first.
+def _each_for_itself(terms: Sequence[Term], n_cells: int) -> bool:
+    """Whether every cell is a group of its own for every term: one factor."""
+    return all(
+        term.n_levels == n_cells and term.codes.min(initial=0) >= 0 and not term.repeated
+        for term in terms
+    )
 
-    Psi_j + E Psi_i E' is again a covariance of bar j, so the likelihood cannot tell the two
+
+def _natural(moments: GroupMoments, terms: Sequence[Term]) -> tuple[list[Floats], tuple[Term, ...]]:
+    """Per block the map to natural coordinates, and the terms in them.
+
+    B'B = mean of WtW over the levels: in the basis W B^-1 a relative covariance of I means
+    reliability 1/2, whatever the units.
+    """
+    rows = list(moments.random)
+    columns = [moments.columns[i] for i in rows]
+    gram = moments.FtF[np.ix_(rows, rows)]
+    naturals, own = [], []
+    for block in dict.fromkeys(term.block for term in terms):
+        members = [term for term in terms if term.block == block]
+        if members[0].repeated:
+            sizes = sum(float(np.einsum("ij,ik,kj->", t.T[rows], gram, t.T[rows])) for t in members)
+            if sizes <= 0.0:
+                raise DependentColumns(block, 0)
+            B = np.sqrt(np.array([[sizes / sum(t.size for t in members)]]))
+            naturals.append(B)
+            own += [Term(block, t.T / B[0, 0], t.codes, t.n_levels, True) for t in members]
+            continue
+        (term,) = members
+        basis, _ = working_basis(columns, gram, term.T[rows])
+        missing = set(range(term.T.shape[1])) - set(basis.kept)
+        if missing:
+            raise DependentColumns(block, min(missing))
+        mean = basis.work.T @ gram @ basis.work / term.n_levels
+        B = np.linalg.cholesky(mean).T
+        T = np.zeros(term.T.shape)
+        T[rows] = solve_triangular(B.T, basis.work.T, lower=True).T
+        naturals.append(B @ basis.to_work)
+        own.append(Term(block, T, term.codes, term.n_levels))
+    return naturals, tuple(own)
+
+
+def _cells(moments: GroupMoments, terms: Sequence[Term], F: Floats) -> Cells:
+    """Cross-products of the terms' columns in each cell, in working coordinates."""
+    rows = list(moments.random)
+    W = np.column_stack([term.T for term in terms])
+    KtF = np.matmul(W[rows].T, moments.WtF)  # (N, c, k), carried
+    return Cells(KtF @ W, KtF @ F)
+
+
+def _contained(moments: GroupMoments, terms: Sequence[Term]) -> tuple[int, ...]:
+    """Blocks whose columns lie in the span of another's of the same levels; of two the first.
+
+    Psi_j + E Psi_i E' is again a covariance of block j, so the likelihood cannot tell the two
     apart, and its optimum is reached with Psi_i = 0.
     """
+    rows = list(moments.random)
+    columns: list[Column] = [moments.columns[i] for i in rows]
+    gram = moments.FtF[np.ix_(rows, rows)]
+    simple = [t for t in terms if not t.repeated]
     held: list[int] = []
-    for i, inner in enumerate(bars):
-        for j, outer in enumerate(bars):
-            if i == j or j in held or inner.shape[1] > outer.shape[1]:
+    for inner in simple:
+        for outer in simple:
+            if inner is outer or outer.block in held or inner.T.shape[1] > outer.T.shape[1]:
                 continue
-            together, _ = working_basis(columns, gram, np.hstack([outer, inner]))
-            if len(together.kept) == outer.shape[1]:
-                held.append(i)
+            if not _same_levels(inner, outer):
+                continue
+            together, _ = working_basis(columns, gram, np.hstack([outer.T[rows], inner.T[rows]]))
+            if len(together.kept) == outer.T.shape[1]:
+                held.append(inner.block)
                 break
     return tuple(held)
+
+
+def _same_levels(a: Term, b: Term) -> bool:
+    """Whether two factors divide the rows alike."""
+    if a.n_levels != b.n_levels or (a.codes < 0).any() or (b.codes < 0).any():
+        return False
+    image = np.full(a.n_levels, -1, np.intp)
+    image[a.codes] = b.codes
+    return bool((image[a.codes] == b.codes).all())
 
 
 def _recoded(carried: _Carried, W: Floats, F: Floats) -> Floats:

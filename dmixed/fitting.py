@@ -1,23 +1,19 @@
-"""From moments to estimates: the four calls of a fit, each usable alone.
-
-``prepare`` (coordinates and factors) -> ``start`` -> ``optimize`` -> ``estimate``.
-"""
+"""From a prepared model to estimates: ``start`` -> ``optimize`` -> ``estimate``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Floats
-from dmixed.collect import Moments
-from dmixed.covariance import root_derivatives
-from dmixed.design import Design
+from dmixed.covariance import Blocks, root_derivatives
 from dmixed.errors import DataError
 from dmixed.executor import Evaluator, one_blas_thread
-from dmixed.factors import DependentColumns, Problem, problem
+from dmixed.factors import Problem
 from dmixed.inference.variances import VarianceEstimates, variance_estimates
 from dmixed.likelihood import (
     Criterion,
@@ -27,72 +23,23 @@ from dmixed.likelihood import (
     scoring_step,
     within_variance,
 )
-from dmixed.optimizer import Objective, OptimizeSummary, Step, flat_bars, optimize, starting_root
+from dmixed.optimizer import (
+    Objective,
+    OptimizeSummary,
+    Step,
+    flat_bars,
+    identity_root,
+    optimize,
+    starting_root,
+    zero_blocks,
+)
+from dmixed.preparation import Prepared
 
 UNRESOLVED = 1.0
 """Rounding error of the criterion, deviance units, above which no estimate means anything."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """A model on its moments, ready to be evaluated.
-
-    Attributes
-    ----------
-    moments, design
-        what was collected and learned
-    problem
-        working coordinates and factors
-    """
-
-    moments: Moments
-    design: Design
-    problem: Problem
-
-    @property
-    def aliased(self) -> tuple[str, ...]:
-        """Names of the columns of X that depend on those before them."""
-        kept = set(self.problem.fixed.kept)
-        return tuple(n for j, n in enumerate(self.design.fixed_names) if j not in kept)
-
-    @property
-    def fixed_names(self) -> tuple[str, ...]:
-        """Names of the p independent columns of X."""
-        return tuple(self.design.fixed_names[j] for j in self.problem.fixed.kept)
-
-
-@one_blas_thread
-def prepare(moments: Moments) -> Prepared:
-    """Check what was collected and factor it.
-
-    Raises
-    ------
-    DataError
-        no rows, a constant response, or dependent columns in a random term
-    """
-    if moments.nobs == 0:
-        reasons = ", ".join(f"{n} rows for {reason!r}" for reason, n in moments.dropped.items())
-        raise DataError(
-            f"no row is left to fit: dropped {reasons}" if reasons else "the data have no rows"
-        )
-    design = moments.design
-    try:
-        found = problem(
-            moments.group, design.T_fixed, design.t_response, [bar.T for bar in design.bars]
-        )
-    except DependentColumns as err:
-        bar = design.bars[err.bar]
-        raise DataError(
-            f"in {bar.text} the column {bar.names[err.column]!r} is a linear combination of the "
-            "others (or zero): its variance cannot be told from theirs; leave it out"
-        ) from None
-    stored = float(found.factors.stored[-1]) if found.response.scale > 0 else 0.0
-    if stored <= 0.0:
-        raise DataError(
-            f"the response {design.spec.formula.response_text!r} is constant: "
-            "there is no variance to explain"
-        )
-    return Prepared(moments, design, found)
+FEW_ROWS = 200
+"""Rows below which a singular optimum is checked from a second start, whatever its shape."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +53,7 @@ class Estimates:
     value
         -2 log-likelihood
     beta, cov_beta
-        (p,), (p, p)
+        (p,), (p, p); NaN in the covariance where an effect was held
     working_beta
         (p,) in working coordinates, without the response's shift
     sigma2
@@ -119,6 +66,8 @@ class Estimates:
         see `VarianceEstimates`
     summary
         how the optimum was found
+    free_beta, free_pairs
+        (p,), (m,) which fixed effects and entries of Psi were estimated; None: all
     """
 
     reml: bool
@@ -131,6 +80,88 @@ class Estimates:
     theta: Floats
     variances: VarianceEstimates
     summary: OptimizeSummary
+    free_beta: np.ndarray | None = None
+    free_pairs: np.ndarray | None = None
+
+    @property
+    def n_free(self) -> int:
+        """Estimated parameters, sigma2 included."""
+        beta = len(self.beta) if self.free_beta is None else int(self.free_beta.sum())
+        pairs = len(self.variances.cov_ratio)
+        return 1 + beta + (pairs if self.free_pairs is None else int(self.free_pairs.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How to look for the optimum.
+
+    Attributes
+    ----------
+    method
+        None for Newton, or the name of a method of `scipy.optimize.minimize`
+    options
+        for that method
+    start
+        (q, q) relative covariance Psi to start from, user units, or None
+    callback
+        called with number and `Step` of each evaluation
+    """
+
+    method: str | None = None
+    options: Mapping[str, Any] | None = None
+    start: Floats | None = None
+    callback: Callable[[int, Step], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """Where the search ended: a root of Psi (natural coordinates) and the criterion there."""
+
+    root: Floats
+    summary: OptimizeSummary
+    at: Criterion
+    objective: Objective
+
+
+def psd_root(Psi: Floats) -> Floats:
+    """A root R with R R' = Psi, of any positive semi-definite matrix.
+
+    Raises
+    ------
+    DataError
+        Psi has a negative eigenvalue, or is not finite
+    """
+    if not np.isfinite(Psi).all():
+        raise DataError("a covariance matrix must hold finite numbers")
+    w, V = np.linalg.eigh(0.5 * (Psi + Psi.T))
+    if len(w) and w[0] < -1e-10 * max(float(w[-1]), np.finfo(float).tiny):
+        raise DataError(
+            f"a covariance matrix is not positive semi-definite: smallest eigenvalue {w[0]:g}"
+        )
+    return np.asarray(V * np.sqrt(np.maximum(w, 0.0)))
+
+
+def natural_root(problem: Problem, Psi: Floats) -> Floats:
+    """Root (q, q) in natural coordinates of a relative covariance in user units."""
+    blocks = problem.factors.blocks
+    return problem.natural @ blocks.join([psd_root(part) for part in blocks.split(Psi)])
+
+
+@one_blas_thread
+def criterion_at(prepared: Prepared, Psi: Floats, reml: bool) -> Criterion:
+    """The criterion, natural coordinates, at a relative covariance Psi (q, q) in user units.
+
+    Raises
+    ------
+    DataError
+        Psi is not positive semi-definite, or the response has no residual variance there
+    """
+    problem = prepared.problem
+    terms = Evaluator(problem.factors)(natural_root(problem, Psi))
+    try:
+        return criterion(problem.factors, terms, reml)
+    except np.linalg.LinAlgError:
+        raise DataError(_exact(prepared)) from None
 
 
 def evaluate(prepared: Prepared, theta: Floats, reml: bool) -> tuple[float, Floats, Floats]:
@@ -147,12 +178,7 @@ def evaluate(prepared: Prepared, theta: Floats, reml: bool) -> tuple[float, Floa
     return at.value, g, H
 
 
-def fit(
-    prepared: Prepared,
-    reml: bool = True,
-    method: str | None = None,
-    callback: Callable[[int, Step], None] | None = None,
-) -> Estimates:
+def fit(prepared: Prepared, reml: bool = True, search: Search | None = None) -> Estimates:
     """Estimate by REML or ML.
 
     Raises
@@ -161,28 +187,83 @@ def fit(
         too few rows, a response without residual variance, or a variance that the data do not
         determine
     """
+    check_degrees_of_freedom(prepared, reml)
+    search = search or Search()
+    with one_blas_thread:
+        found = find_optimum(prepared, prepared.problem, reml, search)
+        _check_identified(prepared, found)
+        if found.at.lost > UNRESOLVED:
+            raise DataError(_exact(prepared))
+        return _estimates(prepared, reml, found)
+
+
+def check_degrees_of_freedom(prepared: Prepared, reml: bool) -> None:
+    """Refuse a model with as many fixed effects as rows."""
     factors = prepared.problem.factors
-    df = degrees_of_freedom(factors, reml)
-    if df <= 0:
+    if degrees_of_freedom(factors, reml) <= 0:
         raise DataError(
             f"{factors.nobs} rows are too few for {factors.p} fixed effects: "
             "no degree of freedom is left for the error variance"
         )
-    with one_blas_thread:
-        terms = Evaluator(factors)
-        objective = Objective(
-            lambda root: criterion(factors, terms(root), reml), factors.blocks, callback
+
+
+def find_optimum(
+    prepared: Prepared, problem: Problem, reml: bool, search: Search, kept: Floats | None = None
+) -> Optimum:
+    """Minimise the criterion of a problem; ``kept`` (q, q) is the root of the held blocks.
+
+    Where two or more terms end singular, or few rows do, there may be several minima: a second
+    search starts elsewhere, and the lower certified optimum counts.
+    """
+    factors = problem.factors
+    terms = Evaluator(factors)
+
+    def objective() -> Objective:
+        return Objective(
+            lambda root: criterion(factors, terms(root), reml),
+            factors.blocks,
+            search.callback,
+            kept,
         )
+
+    try:
+        found = _search(problem, objective(), search)
+        zero = zero_blocks(factors.blocks, found.root)
+        if len(zero) >= 2 or (zero and factors.nobs <= FEW_ROWS):
+            found = _checked(found, objective(), search)
+    except np.linalg.LinAlgError:
+        raise DataError(_exact(prepared)) from None
+    return found
+
+
+def _search(problem: Problem, objective: Objective, search: Search) -> Optimum:
+    factors = problem.factors
+    if search.start is not None:
+        start = natural_root(problem, search.start) * factors.blocks.moving + objective.held
+    else:
         sigma2 = within_variance(factors)
-        try:
-            start = starting_root(objective, lambda at: scoring_step(factors, at, sigma2))
-            root, summary, at = optimize(objective, start, method)
-        except np.linalg.LinAlgError:
-            raise DataError(_exact(prepared)) from None
-        _check_identified(prepared, objective, at, root)
-        if at.lost > UNRESOLVED:
-            raise DataError(_exact(prepared))
-        return _estimates(prepared, reml, root, summary, at)
+        start = starting_root(objective, lambda at: scoring_step(factors, at, sigma2))
+    root, summary, at = optimize(objective, start, search.method, search.options)
+    return Optimum(root, summary, at, objective)
+
+
+def _checked(first: Optimum, objective: Objective, search: Search) -> Optimum:
+    """The lower of a first optimum and one found from where everything is large."""
+    large = 3.0 * identity_root(objective) - 2.0 * objective.held
+    try:
+        root, summary, at = optimize(objective, large, search.method, search.options)
+    except np.linalg.LinAlgError:
+        return first
+    second = Optimum(root, summary, at, objective)
+    best, other = (second, first) if _better(second, first) else (first, second)
+    return replace(best, summary=replace(best.summary, checks=other.summary.evaluations))
+
+
+def _better(new: Optimum, old: Optimum) -> bool:
+    """Certified and lower, beyond rounding."""
+    if new.summary.converged != old.summary.converged:
+        return new.summary.converged
+    return new.at.value < old.at.value - max(1e-9, old.at.lost)
 
 
 def _exact(prepared: Prepared) -> str:
@@ -193,54 +274,74 @@ def _exact(prepared: Prepared) -> str:
     )
 
 
-def _check_identified(
-    prepared: Prepared, objective: Objective, at: Criterion, root: Floats
-) -> None:
+def _check_identified(prepared: Prepared, found: Optimum) -> None:
     """Refuse a model whose likelihood is flat in the variances of a bar."""
-    blocks = prepared.problem.factors.blocks
-    flat = flat_bars(blocks, at, root)
+    objective, blocks = found.objective, prepared.problem.factors.blocks
+    flat = flat_bars(blocks, found.at, found.root)
     if any(flat):  # at zero, next to large variances, a curvature may look like none
-        start = np.diag(blocks.moving.astype(np.float64))
+        start = identity_root(objective)
         there = objective.at(start)
         if there is not None:
             flat = [a and b for a, b in zip(flat, flat_bars(blocks, there, start), strict=True)]
-    for bar, undetermined in zip(prepared.design.bars, flat, strict=True):
+    for block, undetermined in enumerate(flat):
         if not undetermined:
             continue
-        groups = prepared.moments.group.n_groups
+        bar = prepared.bars[block]
+        levels = max(len(prepared.levels[i]) for i in prepared.members(block))
         why = (
             "there is only one group"
-            if groups == 1
+            if levels == 1
             else "each group has a single row"
-            if groups == prepared.moments.nobs
+            if levels == prepared.moments.nobs
             else "the likelihood does not depend on it"
         )
+        what = bar.text if bar.component is None else f"the component {bar.component!r}"
         raise DataError(
-            f"the data do not determine the variance of {bar.text}: {why}, so it cannot be told "
+            f"the data do not determine the variance of {what}: {why}, so it cannot be told "
             "from the error variance or the fixed effects"
         )
 
 
-def _estimates(
-    prepared: Prepared, reml: bool, root: Floats, summary: OptimizeSummary, at: Criterion
-) -> Estimates:
+def _estimates(prepared: Prepared, reml: bool, found: Optimum) -> Estimates:
     """User-unit estimates at an optimum."""
-    found = prepared.problem
-    factors, fixed = found.factors, found.fixed
+    problem, at = prepared.problem, found.at
+    df = degrees_of_freedom(problem.factors, reml)
+    working = fixed_estimates(problem.factors, at, reml)
+    variances = variance_estimates(
+        problem.factors.blocks, at, found.root, problem.natural, working.sigma2, df
+    )
+    return estimates_at(
+        prepared, reml, at, problem.natural @ variances.root, variances, found.summary
+    )
+
+
+def estimates_at(
+    prepared: Prepared,
+    reml: bool,
+    at: Criterion,
+    root: Floats,
+    variances: VarianceEstimates,
+    summary: OptimizeSummary,
+) -> Estimates:
+    """Estimates from a criterion at a root (natural coordinates) and what is known of its Psi."""
+    problem = prepared.problem
+    factors, fixed = problem.factors, problem.fixed
     working = fixed_estimates(factors, at, reml)
     to_user = solve_triangular(fixed.to_work, np.eye(factors.p)) if factors.p else np.zeros((0, 0))
-    variances = variance_estimates(
-        factors.blocks, at, root, found.natural, working.sigma2, degrees_of_freedom(factors, reml)
-    )
     return Estimates(
         reml=reml,
         value=at.value,
-        beta=to_user @ (working.beta + found.response.beta),
+        beta=to_user @ (working.beta + problem.response.beta),
         cov_beta=to_user @ working.cov_beta @ to_user.T,
         working_beta=working.beta,
         sigma2=working.sigma2,
-        root=found.natural @ variances.root,
+        root=root,
         theta=factors.blocks.theta(variances.root),
         variances=variances,
         summary=summary,
     )
+
+
+def blocks_of(prepared: Prepared) -> Blocks:
+    """Blocks of Psi of a model."""
+    return prepared.problem.factors.blocks

@@ -73,7 +73,7 @@ def encode(
     codes
         (n,) position of each row's label; -1 where a key column is null, NaN or infinite
     labels
-        in order of first appearance
+        each once, in an order that the batch decides
 
     Raises
     ------
@@ -81,7 +81,22 @@ def encode(
         a column's type cannot be a group key: lists, structs, binary, times, decimals with a
         fraction
     """
-    encoded = [_encode_column(c, name) for c, name in zip(columns, names, strict=True)]
+    return _encode(
+        [_counted(c) or _hashed(c, x) for c, x in zip(columns, names, strict=True)], names
+    )
+
+
+def _in_order(
+    columns: Sequence[pa.ChunkedArray | pa.Array], names: Sequence[str]
+) -> tuple[Codes, Labels]:
+    """`encode`, labels in order of first appearance."""
+    return _encode([_hashed(c, x) for c, x in zip(columns, names, strict=True)], names)
+
+
+def _encode(
+    encoded: Sequence[tuple[Codes, pa.Array]], names: Sequence[str]
+) -> tuple[Codes, Labels]:
+    """Codes and labels of the combinations met of key columns."""
     codes, arrays = reduce(_cross, [(codes, (values,)) for codes, values in encoded])
     return codes, Labels(tuple(names), arrays)
 
@@ -92,7 +107,7 @@ def align(labels: Sequence[Labels]) -> tuple[Labels, list[Positions]]:
     Returns
     -------
     union
-        in order of first appearance
+        in order of first appearance: it starts with the first input, as it is
     positions
         for each input, (G_i,) the position of its labels in the union
 
@@ -108,7 +123,7 @@ def align(labels: Sequence[Labels]) -> tuple[Labels, list[Positions]]:
         pa.chunked_array(_one_type([x.arrays[j] for x in labels], name))
         for j, name in enumerate(names)
     ]
-    codes, union = encode(columns, names)
+    codes, union = _in_order(columns, names)
     ends = np.cumsum([len(x) for x in labels])
     return union, np.split(codes.astype(np.int64), ends[:-1])
 
@@ -118,6 +133,31 @@ def lookup(labels: Labels, queries: Labels) -> Positions:
     _, (_, positions) = align([labels, queries])
     positions[positions >= len(labels)] = -1  # the union starts with `labels`, in order
     return positions
+
+
+def subset(labels: Labels, positions: Sequence[int]) -> tuple[Positions, Labels]:
+    """Projection of labels on some of their key columns.
+
+    Parameters
+    ----------
+    labels
+        N of them
+    positions
+        which key columns, and in which order
+
+    Returns
+    -------
+    codes
+        (N,) position of each label's projection
+    projections
+        distinct, in order of first appearance
+    """
+    names = tuple(labels.names[j] for j in positions)
+    arrays = tuple(labels.arrays[j] for j in positions)
+    if set(positions) == set(range(len(labels.arrays))):  # each label is its own projection
+        return np.arange(len(labels)), Labels(names, arrays)
+    codes, projections = _in_order(arrays, names)
+    return codes.astype(np.int64), projections
 
 
 def sort_index(labels: Labels) -> Positions:
@@ -146,16 +186,12 @@ def to_pandas(labels: Labels) -> pd.Index:
     return levels[0] if len(levels) == 1 else pd.MultiIndex.from_arrays(levels, names=labels.names)
 
 
-def _encode_column(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[Codes, pa.Array]:
-    """Codes (n,) and labels of one key column."""
+def _hashed(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[Codes, pa.Array]:
+    """Codes (n,) and labels of one key column, in order of first appearance."""
     if isinstance(column, pa.Array):
         column = pa.chunked_array([column])
     kind = column.type
     plain = _plain_type(kind, name)
-    if pa.types.is_integer(kind) and kind != pa.uint64() and len(column) and not column.null_count:
-        counted = _counted(column.cast(pa.int64()))
-        if counted is not None:
-            return counted
     if pa.types.is_null(kind) or len(column) == 0:
         return np.full(len(column), -1, np.int32), pa.array([], plain)
     if pa.types.is_dictionary(kind):
@@ -178,8 +214,18 @@ def _encode_column(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[Codes
     return codes, values
 
 
-def _counted(column: pa.ChunkedArray) -> tuple[Codes, pa.Array] | None:
-    """Integers that lie close together are numbered through a table, not a hash: 4x faster."""
+def _counted(column: pa.ChunkedArray | pa.Array) -> tuple[Codes, pa.Array] | None:
+    """Integers that lie close together are numbered through a table, not a hash: 4x faster.
+
+    Labels are in order of size; None for any other column.
+    """
+    kind = column.type
+    if not pa.types.is_integer(kind) or kind == pa.uint64():
+        return None
+    if len(column) == 0 or column.null_count:
+        return None
+    column = pa.chunked_array([column] if isinstance(column, pa.Array) else column.chunks)
+    column = column.cast(pa.int64())
     low, high = (x.as_py() for x in pc.min_max(column).values())
     if high - low >= 2 * len(column):
         return None

@@ -69,7 +69,7 @@ class Point:
 
     def moved(self, blocks: Blocks, step: Floats) -> Floats:
         """Root after a scaled step."""
-        return self.V * self.s + self.V @ blocks.root(step * self.size)
+        return np.asarray(self.V * self.s + self.V @ blocks.root(step * self.size))
 
 
 def newton_decrement(blocks: Blocks, at: Criterion, root: Floats) -> float:

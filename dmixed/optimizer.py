@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
+from numpy.typing import NDArray
+from scipy.optimize import OptimizeWarning, basinhopping, minimize
 
 from dmixed.blocks import Floats
-from dmixed.covariance import Blocks, root_derivatives
+from dmixed.covariance import Blocks, rebase, root_derivatives
 from dmixed.likelihood import Criterion
 from dmixed.newton import Point, minimize_rebased, newton_decrement
 
@@ -19,6 +21,15 @@ SCIPY_METHODS = (
     "SLSQP", "trust-constr", "dogleg", "trust-ncg", "trust-exact", "trust-krylov",
 )  # fmt: skip
 """Methods of `scipy.optimize.minimize` that can be asked for by name."""
+
+TIGHT: dict[str, dict[str, Any]] = {
+    "Nelder-Mead": {"xatol": 1e-8, "fatol": 1e-10, "maxiter": 20_000, "maxfev": 20_000},
+    "Powell": {"xtol": 1e-9, "ftol": 1e-14, "maxiter": 2_000},
+    "CG": {"gtol": 1e-6, "maxiter": 2_000},
+    "BFGS": {"gtol": 1e-6, "maxiter": 2_000},
+    "L-BFGS-B": {"gtol": 1e-6, "ftol": 1e-15, "maxiter": 2_000},
+}
+"""Settings with which methods that stop early by default reach what a certificate asks for."""
 
 DWARFED = 10.0
 """Relative standard deviation of group effects (reliability-1/2 units) that dwarfs the noise."""
@@ -120,9 +131,11 @@ class OptimizeSummary:
     evaluations
         evaluations of the sums over groups, starting steps included
     path
-        every evaluation in order
+        every one of them in order
     certificate
         see `Certificate`
+    checks
+        evaluations of a second search, whose end was not lower
     """
 
     method: str
@@ -131,19 +144,22 @@ class OptimizeSummary:
     evaluations: int
     path: tuple[Step, ...] = field(repr=False)
     certificate: Certificate = field(default_factory=lambda: Certificate(*(np.nan,) * 6))
+    checks: int = 0
 
 
 @dataclass(slots=True)
 class Objective:
     """The criterion as optimisers want it; counts evaluations and keeps the path.
 
-    ``evaluate`` maps a root (q, q) of Psi to a `Criterion`; ``theta`` stands for the lower
-    triangle of a root in the same (natural) basis.
+    ``evaluate`` maps a root (q, q) of Psi to a `Criterion`; ``theta`` stands for the free entries
+    of the lower triangle of a root in the same (natural) basis, ``kept`` (q, q) for a root of the
+    blocks that are held (zero by default).
     """
 
     evaluate: Callable[[Floats], Criterion]
     blocks: Blocks
     callback: Callable[[int, Step], None] | None = None
+    kept: Floats | None = None
     path: list[Step] = field(default_factory=list)
     best: tuple[float, Floats] | None = None
     _recent: dict[bytes, Criterion | None] = field(default_factory=dict)
@@ -183,9 +199,29 @@ class Objective:
         """Evaluations so far."""
         return len(self.path)
 
+    @property
+    def held(self) -> Floats:
+        """(q, q) root of the blocks that are held, zero elsewhere."""
+        return np.zeros((self.blocks.q,) * 2) if self.kept is None else self.kept
+
+    @property
+    def _free(self) -> NDArray[np.bool_]:
+        """Entries of theta that move."""
+        return self.blocks.moving[[d for _, d in self.blocks.theta_pairs]]
+
+    def theta(self, root: Floats) -> Floats:
+        """Free entries of theta of a root."""
+        return self.blocks.theta(root)[self._free]
+
+    def root(self, theta: Floats) -> Floats:
+        """Root of the free entries of theta."""
+        whole = np.zeros(len(self._free))
+        whole[self._free] = theta
+        return self.blocks.root(whole) + self.held
+
     def value(self, theta: Floats) -> float:
         """Criterion at theta."""
-        found = self.at(self.blocks.root(theta))
+        found = self.at(self.root(theta))
         return np.inf if found is None else found.value
 
     def gradient(self, theta: Floats) -> Floats:
@@ -197,17 +233,20 @@ class Objective:
         return self._derivatives(theta)[1]
 
     def _derivatives(self, theta: Floats) -> tuple[Floats, Floats]:
-        root = self.blocks.root(theta)
+        root = self.root(theta)
         found = self.at(root)
         if found is None:
             return np.zeros(len(theta)), np.eye(len(theta))
         eye = np.eye(self.blocks.q)
         g, H, _ = root_derivatives(self.blocks, found.gradient, found.hessian, eye, root)
-        return g, H
+        return g[self._free], H[np.ix_(self._free, self._free)]
 
 
 def optimize(
-    objective: Objective, root: Floats, method: str | None = None
+    objective: Objective,
+    root: Floats,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Floats, OptimizeSummary, Criterion]:
     """Minimise from a root (q, q) of Psi in natural coordinates.
 
@@ -220,16 +259,15 @@ def optimize(
         at the minimum, with derivatives
     """
     blocks = objective.blocks
-    x0 = blocks.theta(root)
-    if method is None or method == "newton":
+    x0 = objective.theta(root)
+    if method is None or method == "newton" or not len(x0):
         run: Any = minimize_rebased
         options: Any = {"objective": objective, "root": root}
         found: Any = minimize(objective.value, x0, method=run, options=options)
         root, name = found.root, "newton"
     else:
-        given: Any = _derivatives(objective, method) | {"method": method}
-        found = minimize(objective.value, x0, **given)
-        root, name = blocks.root(np.asarray(found.x)), method
+        found = named_minimize(objective, x0, method, settings)
+        root, name = objective.root(np.asarray(found.x)), method
     at = objective.at(root)
     if at is None:
         raise np.linalg.LinAlgError("the criterion is not defined at the optimum")
@@ -243,7 +281,27 @@ def optimize(
     return root, summary, at
 
 
-def _derivatives(objective: Objective, method: str) -> dict[str, Any]:
+def named_minimize(
+    objective: Any, x0: Floats, method: str, settings: Mapping[str, Any] | None
+) -> Any:
+    """Run a method of scipy by name; ``objective`` has value, gradient and hessian."""
+    options = {**TIGHT.get(method, {}), **dict(settings or {})}
+    common = {"tol": options.pop("tol")} if "tol" in options else {}
+    derivatives = _derivatives(objective, method if method != "basinhopping" else "L-BFGS-B")
+    if method == "basinhopping":
+        local: Any = {"method": "L-BFGS-B", **derivatives, **common}
+        allowed = {k: v for k, v in options.items() if k in ("niter", "T", "stepsize")}
+        hops = {"niter": 10, "rng": 0, **allowed}
+        return basinhopping(
+            objective.value, x0, minimizer_kwargs=local, **hops
+        ).lowest_optimization_result
+    given: Any = {"method": method, "options": options, **derivatives, **common}
+    with warnings.catch_warnings():  # the certificate says what the fit is worth
+        warnings.simplefilter("ignore", (OptimizeWarning, RuntimeWarning))
+        return minimize(objective.value, x0, **given)
+
+
+def _derivatives(objective: Any, method: str) -> dict[str, Any]:
     """The derivatives that a scipy method can use."""
     found: dict[str, Any] = {}
     if method not in {"Nelder-Mead", "Powell", "COBYLA", "COBYQA"}:
@@ -272,9 +330,20 @@ def certify(blocks: Blocks, at: Criterion, root: Floats) -> Certificate:
     return Certificate(steep, boundary, float(w[0]), condition, float(lost), at.lost)
 
 
+def zero_blocks(blocks: Blocks, root: Floats) -> list[int]:
+    """Blocks of Psi, among those that move, that are singular."""
+    _, s = rebase(blocks, root)
+    return [
+        j
+        for j, block in enumerate(blocks.slices)
+        if j not in blocks.held and (s[block] <= ZERO).any()
+    ]
+
+
 def free_coordinates(blocks: Blocks, s: Floats) -> list[int]:
     """Positions in ``blocks.theta_pairs`` of the columns of Delta that are not at zero."""
-    return [x for x, (_, d) in enumerate(blocks.theta_pairs) if s[d] > ZERO]
+    moving = blocks.moving
+    return [x for x, (_, d) in enumerate(blocks.theta_pairs) if s[d] > ZERO and moving[d]]
 
 
 def flat_bars(blocks: Blocks, at: Criterion, root: Floats) -> list[bool]:
@@ -292,10 +361,11 @@ def starting_root(objective: Objective, scoring: Callable[[Criterion], Floats]) 
     as they are: there P_g is the same for all groups of full rank, and the step is the unweighted
     mean of b_g b_g'. From the identity its errors are of the order of the largest variance.
     """
-    identity = np.diag(objective.blocks.moving.astype(np.float64))
+    identity = identity_root(objective)
     root = _scored(objective, scoring, identity)
     if root is not None and float(np.linalg.norm(root, 2)) > DWARFED:
-        root = _scored(objective, scoring, identity * np.linalg.norm(root, 2))
+        large = identity - objective.held
+        root = _scored(objective, scoring, large * np.linalg.norm(root, 2) + objective.held)
     if root is not None:
         root = _scored(objective, scoring, root)
     if root is not None:
@@ -303,6 +373,11 @@ def starting_root(objective: Objective, scoring: Callable[[Criterion], Floats]) 
     if objective.best is None:
         raise np.linalg.LinAlgError("the criterion is not defined at any start")
     return objective.best[1]
+
+
+def identity_root(objective: Objective) -> Floats:
+    """Reliability 1/2 for everything that moves."""
+    return np.diag(objective.blocks.moving.astype(np.float64)) + objective.held
 
 
 def _scored(
@@ -317,7 +392,7 @@ def _scored(
     except np.linalg.LinAlgError:
         return None
     stepped = blocks.join([_clipped(part) for part in blocks.split(root @ root.T + change)])
-    return stepped * blocks.moving
+    return stepped * blocks.moving + objective.held
 
 
 def _clipped(Psi: Floats) -> Floats:

@@ -1,54 +1,54 @@
-"""The result of a fit: immutable, independent of the model, in pandas with names."""
+"""The result of a fit: immutable, independent of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import norm
 
-from dmixed import keys, prediction
+from dmixed import contrasts, prediction
+from dmixed.errors import NotSupportedError
+from dmixed.estimated import Estimated
 from dmixed.executor import running
-from dmixed.fitting import Estimates, Prepared
-from dmixed.inference.random_effects import conditional_covariances, conditional_modes
-from dmixed.optimizer import OptimizeSummary
+from dmixed.inference.random_effects import (
+    conditional_covariances,
+    conditional_modes,
+    joint_covariance,
+)
+from dmixed.notes import fit_notes
+from dmixed.profiling import profile_fixed, profile_variance
 from dmixed.sources import Source, open_source
-from dmixed.summary import Summary, quantile, summarise
+from dmixed.summary import Summary, summarise
 
 
 @dataclass(frozen=True, eq=False)
-class MixedLMResults:
-    """Estimates of a linear mixed model.
+class MixedLMResults(Estimated):
+    """Estimates of a linear mixed model, its random effects, tests and predictions.
 
-    Scales. ``params``, ``bse``, ``cov_params()``, ``tvalues``, ``pvalues`` and ``conf_int()`` hold
-    the fixed effects followed by the *relative* covariance parameters (divided by ``scale``), as
-    statsmodels has them; ``cov_re``, ``varcorr()``, ``bse_re`` and ``summary()`` are in the user's
-    units. Tests are large-sample (z).
-
-    Attributes
-    ----------
-    reml
-        estimated by REML (else ML)
+    See `Estimated` for the scales. Attributes and methods have statsmodels' names; what lme4
+    calls otherwise is there as well (``varcorr()``, ``ranef()``, ``theta``, ``singular``).
     """
 
-    _prepared: Prepared = field(repr=False)
-    _estimates: Estimates = field(repr=False)
     _source: Source | None = field(repr=False, default=None)
     _client: Any = field(repr=False, default=None)
+    _model: Any = field(repr=False, default=None)
+    _history: tuple[Any, ...] | None = field(repr=False, default=None)
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the rows, the connection and what is cheap to compute again."""
         return {
             "_prepared": self._prepared,
             "_estimates": self._estimates,
+            "_names": self._names,
             "_source": None,
             "_client": None,
+            "_model": None,
+            "_history": self._history,
         }
 
     def __copy__(self) -> MixedLMResults:
@@ -60,249 +60,140 @@ class MixedLMResults:
         del memo
         return self
 
-    # ----------------------------------------------------------------------------- the model
+    @property
+    def model(self) -> Any:
+        """The model that was fitted; nothing in the result depends on it."""
+        if self._model is None:
+            raise AttributeError("a stored result has no model: the rows do not travel with it")
+        return self._model
 
     @property
-    def reml(self) -> bool:
-        """Whether REML (else ML) was maximised."""
-        return self._estimates.reml
-
-    @property
-    def method(self) -> str:
-        """``"REML"`` or ``"ML"``."""
-        return "REML" if self.reml else "ML"
-
-    @property
-    def formula(self) -> str:
-        """The model's formula in lme4's spelling."""
-        return str(self._prepared.design.spec.formula.text)
-
-    @property
-    def nobs(self) -> int:
-        """Rows used."""
-        return self._prepared.moments.nobs
-
-    @property
-    def n_groups(self) -> int:
-        """Groups."""
-        return self._prepared.moments.group.n_groups
-
-    @property
-    def group_sizes(self) -> NDArray[np.int64]:
-        """(G,) rows per group, in the order of ``ranef()``."""
-        return self._prepared.moments.group.counts[self._order]
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """Rows dropped, by reason; each row counts once."""
-        return MappingProxyType(dict(self._prepared.moments.dropped))
-
-    @property
-    def aliased(self) -> tuple[str, ...]:
-        """Columns of X left out because they depend on those before them."""
-        return self._prepared.aliased
-
-    @property
-    def endog_name(self) -> str:
-        """The response as written."""
-        return str(self._prepared.design.spec.formula.response_text)
-
-    # ----------------------------------------------------------------------------- estimates
-
-    @property
-    def fe_params(self) -> pd.Series:
-        """(p,) fixed effects; units of y per unit of the column."""
-        return pd.Series(self._estimates.beta.copy(), list(self._prepared.fixed_names), name="fe")
-
-    @property
-    def cov_fe(self) -> pd.DataFrame:
-        """(p, p) covariance of the fixed effects given the variances, sigma2 (X'H^-1 X)^-1."""
-        names = list(self._prepared.fixed_names)
-        return pd.DataFrame(self._estimates.cov_beta.copy(), names, names)
-
-    @property
-    def bse_fe(self) -> pd.Series:
-        """(p,) standard errors of the fixed effects."""
-        return pd.Series(np.sqrt(np.diag(self.cov_fe)), self.fe_params.index)
-
-    @property
-    def scale(self) -> float:
-        """Error variance, units of y squared."""
-        return self._estimates.sigma2
-
-    @property
-    def theta(self) -> NDArray[np.float64]:
-        """lme4's theta: lower triangles of the relative Cholesky factors, bar after bar."""
-        return self._estimates.theta.copy()
-
-    def varcorr(self) -> dict[str, pd.DataFrame]:
-        """Covariance matrix of each bar's random effects, user units; ``"g"``, ``"g.1"``, ..."""
-        Psi = self._estimates.variances.Psi * self.scale
-        return {
-            label: pd.DataFrame(Psi[block, block].copy(), list(bar.names), list(bar.names))
-            for label, bar, block in self._bars()
-        }
-
-    @property
-    def cov_re(self) -> pd.DataFrame:
-        """(q, q) covariance of the random effects, user units; bars are independent blocks."""
-        names = self._re_names
-        return pd.DataFrame(self._estimates.variances.Psi * self.scale, names, names)
-
-    @property
-    def cov_re_unscaled(self) -> pd.DataFrame:
-        """(q, q) covariance of the random effects divided by ``scale``."""
-        names = self._re_names
-        return pd.DataFrame(self._estimates.variances.Psi.copy(), names, names)
-
-    @property
-    def bse_re(self) -> pd.Series:
-        """Standard errors of the entries of ``cov_re``, user units, from the joint information.
-
-        NaN for a parameter at the boundary.
-        """
-        variance = np.diag(self._estimates.variances.cov_user)[:-1]
-        return pd.Series(self.scale * np.sqrt(variance), self._pair_names)
-
-    @property
-    def bse_scale(self) -> float:
-        """Standard error of ``scale``, units of y squared."""
-        return float(self.scale * np.sqrt(self._estimates.variances.cov_user[-1, -1]))
-
-    @property
-    def params(self) -> pd.Series:
-        """Fixed effects, then the relative covariance parameters (statsmodels' ratio scale)."""
-        Psi = self._estimates.variances.Psi
-        pairs = self._prepared.problem.factors.blocks.pairs
-        ratio = pd.Series([Psi[a, b] for a, b in pairs], self._pair_names)
-        return pd.concat([self.fe_params, ratio]).rename(None)
-
-    def cov_params(self) -> pd.DataFrame:
-        """Covariance of ``params`` (ratio scale); fixed effects and variances uncorrelated."""
-        names, p = self.params.index, len(self.fe_params)
-        cov = np.zeros((len(names), len(names)))
-        cov[:p, :p] = self._estimates.cov_beta
-        cov[p:, p:] = self._estimates.variances.cov_ratio
-        return pd.DataFrame(cov, names, names)
-
-    @property
-    def bse(self) -> pd.Series:
-        """Standard errors of ``params``."""
-        return pd.Series(np.sqrt(np.diag(self.cov_params())), self.params.index)
-
-    @property
-    def tvalues(self) -> pd.Series:
-        """``params / bse``: z statistics, large-sample."""
-        return self.params / self.bse
-
-    @property
-    def pvalues(self) -> pd.Series:
-        """Two-sided p-values of ``tvalues``, normal."""
-        return pd.Series(2.0 * norm.sf(np.abs(self.tvalues)), self.params.index)
-
-    def conf_int(self, alpha: float = 0.05) -> pd.DataFrame:
-        """Normal confidence limits of ``params`` at level 1 - alpha, columns 0 and 1.
-
-        Raises
-        ------
-        ValueError
-            alpha is not between 0 and 1
-        """
-        half = quantile(alpha) * self.bse
-        return pd.DataFrame({0: self.params - half, 1: self.params + half})
-
-    # ----------------------------------------------------------------------------- the criterion
-
-    @property
-    def llf(self) -> float:
-        """Log-likelihood, restricted under REML."""
-        return -0.5 * self._estimates.value
-
-    @property
-    def aic(self) -> float:
-        """Akaike's criterion; NaN under REML."""
-        return np.nan if self.reml else -2.0 * self.llf + 2.0 * self._n_params
-
-    @property
-    def bic(self) -> float:
-        """Schwarz's criterion with log(nobs); NaN under REML."""
-        return np.nan if self.reml else -2.0 * self.llf + np.log(self.nobs) * self._n_params
-
-    @property
-    def _n_params(self) -> int:
-        return len(self.params) + 1
-
-    @property
-    def converged(self) -> bool:
-        """The optimum is certified, see ``optimizer_summary.certificate``."""
-        return self._estimates.summary.converged
-
-    @property
-    def singular(self) -> bool:
-        """A variance is exactly zero, or a covariance matrix has not full rank."""
-        return any(self._estimates.variances.zero)
-
-    @property
-    def optimizer_summary(self) -> OptimizeSummary:
-        """Path, evaluations, reason and certificate of the optimisation."""
-        return self._estimates.summary
+    def hist(self) -> list[dict[str, Any]]:
+        """One dictionary on how the optimum was found, after ``fit(full_output=True)``."""
+        if self._history is None:
+            raise AttributeError("hist is kept by fit(full_output=True) only")
+        return [dict(x) for x in self._history]
 
     # ----------------------------------------------------------------------------- random effects
 
     @cached_property
-    def _order(self) -> NDArray[np.int64]:
-        return keys.sort_index(self._prepared.moments.labels)
-
-    @cached_property
-    def _index(self) -> pd.Index:
-        return keys.to_pandas(self._prepared.moments.labels.take(self._order))
-
-    @cached_property
-    def _modes(self) -> NDArray[np.float64]:
+    def _modes(self) -> tuple[NDArray[np.float64], ...]:
         found = self._estimates
         return conditional_modes(self._prepared.problem, found.root, found.working_beta)
 
-    def ranef(self) -> pd.DataFrame:
-        """(G, q) conditional modes (BLUPs), one row per group, user units.
+    def ranef(self) -> Any:
+        """Conditional modes (BLUPs), user units, levels in canonical order.
 
-        Groups in canonical order: numbers numerically, text by code point.
+        Returns
+        -------
+        with one grouping factor a DataFrame (G, k_re), one row per group; with several a dict of
+        them by factor (``"g"``, ``"h:g"``, the name of a variance component)
         """
-        return pd.DataFrame(self._modes[self._order], self._index.copy(), self._column_names)
+        tables = self._by_factor(lambda block, order: self._modes[block][order])
+        return tables if len(tables) > 1 else next(iter(tables.values()))
+
+    def ranef_cov(self) -> dict[str, NDArray[np.float64]]:
+        """Conditional covariances of the effects of each level given beta and the variances.
+
+        Returns
+        -------
+        label of each bar or component -> (levels, q, q), user units, levels as in ``ranef()``
+        """
+        problem, found = self._prepared.problem, self._estimates
+        return {
+            bar.label: conditional_covariances(problem, found.root, found.sigma2, block)[
+                self._block_order(block)
+            ]
+            for block, bar in enumerate(self._prepared.bars)
+        }
+
+    def _block_order(self, block: int) -> NDArray[np.intp]:
+        if self._prepared.bars[block].component is not None:
+            return self._effects.component_order(block)[0]
+        (term,) = self._prepared.members(block)
+        return self._effects.level_order(term)
+
+    def _by_factor(self, values: Any) -> dict[str, pd.DataFrame]:
+        """Tables of effects by factor: the bars of a factor side by side."""
+        tables: dict[str, pd.DataFrame] = {}
+        names = iter(self._column_names)
+        for block, bar in enumerate(self._prepared.bars):
+            order = self._block_order(block)
+            table = values(block, order)
+            if bar.component is not None:
+                index = pd.Index([self._effects.effect_name(block, int(e)) for e in order])
+                _, group = self._effects.component_order(block)
+                labels = self._effects.group_index[group]
+                index = pd.MultiIndex.from_arrays(
+                    [labels, index], names=[self.group_name, "effect"]
+                )
+                tables[bar.label] = pd.DataFrame(table, index, [bar.label])
+                continue
+            (term,) = self._prepared.members(block)
+            label = ":".join(self._prepared.levels[term].names)
+            own = pd.DataFrame(
+                table, self._effects.level_index(term), [next(names) for _ in bar.names]
+            )
+            tables[label] = own if label not in tables else pd.concat([tables[label], own], axis=1)
+            if tables[label].columns.duplicated().any():
+                tables[label].columns = self._told_apart(label)
+        return tables
+
+    def _told_apart(self, factor: str) -> list[str]:
+        """Columns of the bars of one factor so far, with their bars' labels."""
+        bars = [bar for bar in self._prepared.bars if bar.label.split(".")[0] == factor]
+        return [f"{bar.label}: {name}" for bar in bars for name in bar.names]
+
+    def _within_groups(self) -> None:
+        if not self._effects.within_groups:
+            raise NotSupportedError(
+                "random_effects lists the effects of each group, but the factors "
+                f"{', '.join(self.factors)} have levels of their own: use ranef()"
+            )
 
     @property
-    def random_effects(self) -> Mapping[Any, pd.Series]:
-        """BLUPs by group label."""
-        return _ByLabel(self._index, self._series)
+    def random_effects(self) -> dict[Any, pd.Series]:
+        """BLUPs by group label, made when asked for: the bar's columns, then ``vc[column]``."""
+        self._within_groups()
+        return _ByLabel(self._effects.group_index, self._series)
 
     @property
-    def random_effects_cov(self) -> Mapping[Any, pd.DataFrame]:
+    def random_effects_cov(self) -> dict[Any, pd.DataFrame]:
         """Conditional covariance of the random effects given y and the estimates, by label."""
-        return _ByLabel(self._index, self._covariance)
+        self._within_groups()
+        return _ByLabel(self._effects.group_index, self._covariance)
 
-    def _series(self, position: int, label: Any) -> pd.Series:
-        modes = self._modes[self._order[position]].copy()
-        return pd.Series(modes, self._re_names, name=label)
+    def _series(self, place: int, label: Any) -> pd.Series:
+        own = self._effects.of_group(place, self._re_names)
+        values = [self._modes[block][effect, a] for block, effect, a, _ in own]
+        return pd.Series(values, [name for *_, name in own], name=label, dtype=np.float64)
 
-    def _covariance(self, position: int, label: Any) -> pd.DataFrame:
+    def _covariance(self, place: int, label: Any) -> pd.DataFrame:
         del label
-        g = int(self._order[position])
-        found = self._estimates
-        cov = conditional_covariances(
-            self._prepared.problem, found.root, found.sigma2, slice(g, g + 1)
-        )
-        return pd.DataFrame(cov[0], self._re_names, self._re_names)
+        own = self._effects.of_group(place, self._re_names)
+        position = {(block, effect, a): i for i, (block, effect, a, _) in enumerate(own)}
+        cov, found = np.zeros((len(own), len(own))), self._estimates
+        for cluster in self._effects.clusters_of_group(place):
+            joint = joint_covariance(self._prepared.problem, found.root, found.sigma2, int(cluster))
+            where = [position[block, effect, a] for block, effect, a in joint.effects.tolist()]
+            cov[np.ix_(where, where)] = joint.cov
+        names = [name for *_, name in own]
+        return pd.DataFrame(cov, names, names)
 
     # ----------------------------------------------------------------------------- rows
 
     @property
-    def fittedvalues(self) -> pd.Series:
+    def fittedvalues(self) -> Any:
         """Fixed part plus BLUPs plus offset, of the rows used; reads the rows again."""
-        return self._rows.fitted.copy()
+        return self._plain(self._rows.fitted)
 
     @property
-    def resid(self) -> pd.Series:
+    def resid(self) -> Any:
         """Response minus ``fittedvalues``."""
-        return self._rows.response.copy() - self._rows.fitted
+        return self._plain(self._rows.response - self._rows.fitted)
+
+    def _plain(self, values: pd.Series) -> Any:
+        return values.to_numpy(copy=True) if self._names.plain else values.copy()
 
     @cached_property
     def _rows(self) -> prediction.Rows:
@@ -315,42 +206,254 @@ class MixedLMResults:
             self._prepared, found.beta, self._modes, self._source, running(self._client)
         )
 
-    def predict(self, new_data: Any = None, storage_options: Any = None) -> pd.Series:
-        """Fixed part X beta of new rows (population level, without offset and random effects).
+    def remove_data(self) -> None:
+        """Forget the rows: what needs them again raises, everything else stays."""
+        object.__setattr__(self, "_source", None)
+        object.__setattr__(self, "_model", None)
+        self.__dict__.pop("_rows", None)
+
+    def predict(self, exog: Any = None, transform: bool = True, storage_options: Any = None) -> Any:
+        """Fixed part X beta of rows (population level, without offset and random effects).
 
         Parameters
         ----------
-        new_data
-            anything that can be fitted; None means the rows of the fit. Only the columns of the
-            fixed part are needed.
+        exog
+            anything that can be fitted; only the columns of the fixed part are needed. With a
+            model of arrays, or ``transform=False``, an (n, p) design matrix. None means the rows
+            of the fit.
 
         Returns
         -------
-        (n,) Series, NaN where a covariate is missing; units of y
+        (n,) Series (array for a model of arrays), NaN where a covariate is missing; units of y
 
         Raises
         ------
         DataError
             a level that the fit has not seen, a missing column
         """
-        source = self._source if new_data is None else open_source(new_data, storage_options)
+        if exog is not None and (self._names.plain or self._names.fixed or not transform):
+            return prediction.fixed_part(exog, self._estimates.beta, self._fixed_names)
+        source = self._source if exog is None else open_source(exog, storage_options)
         if source is None:
-            raise AttributeError("the rows do not travel with a stored result: give new_data")
-        return prediction.population(
+            raise AttributeError("the rows do not travel with a stored result: give new data")
+        found = prediction.population(
             self._prepared, self._estimates.beta, source, running(self._client)
         )
+        return self._plain(found)
 
-    # ----------------------------------------------------------------------------- presentation
+    # ----------------------------------------------------------------------------- inference
 
-    def summary(self, alpha: float = 0.05) -> Summary:
-        """Tables in the user's units, with flags explained in words; limits at level 1 - alpha.
+    def _fixed_or_all(self, r: Any) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+        """Hypothesis on all parameters from one on the fixed effects alone, or on all."""
+        R, q = contrasts.constraint(r, self._all_names)
+        return R, q, True
+
+    def t_test(self, r_matrix: Any, use_t: bool | None = None) -> contrasts.ContrastResults:
+        """Test of each row of R beta = q, on the fixed effects.
+
+        Parameters
+        ----------
+        r_matrix
+            (m, k_fe) or (k_fe,) array, a string such as ``"x1 = 0, x2 - x3 = 1"``, or a tuple
+            (R, q)
+        use_t
+            Student's t with ``df_resid`` degrees of freedom, instead of the normal distribution
 
         Raises
         ------
         ValueError
-            alpha is not between 0 and 1
+            an array has not k_fe columns, or a name is unknown
         """
-        return summarise(self, alpha)
+        self._check_width(r_matrix, (self.k_fe,))
+        R, q = contrasts.constraint(r_matrix, self._fixed_names)
+        df = self.df_resid if use_t else None
+        return contrasts.t_test(self._estimates.beta, self._estimates.cov_beta, R, q, df=df)
+
+    def _check_width(self, r: Any, widths: Sequence[int]) -> None:
+        matrix = r[0] if isinstance(r, tuple) else r
+        if isinstance(matrix, str) or (
+            isinstance(matrix, list) and matrix and isinstance(matrix[0], str)
+        ):
+            return
+        shape = np.shape(matrix)
+        if len(shape) not in (1, 2) or shape[-1] not in widths:
+            raise ValueError(
+                f"r_matrix for this test should have {' or '.join(f'{w:d}' for w in widths)} "
+                f"columns, not shape {shape}"
+            )
+
+    def wald_test(
+        self, r_matrix: Any, use_f: bool = False, scalar: bool = True
+    ) -> contrasts.WaldResults:
+        """Joint test of R b = q, chi-squared, or F with ``df_resid``.
+
+        Parameters
+        ----------
+        r_matrix
+            as in ``t_test``; arrays may have k_fe columns, or one for every entry of ``params``
+        """
+        self._check_width(r_matrix, tuple(dict.fromkeys((self.k_fe, len(self._all_names)))))
+        matrix = r_matrix[0] if isinstance(r_matrix, tuple) else r_matrix
+        fixed_only = not isinstance(matrix, str | list) and np.shape(matrix)[-1] == self.k_fe
+        if fixed_only:
+            names, values, cov = self._fixed_names, self._estimates.beta, self._estimates.cov_beta
+        else:
+            names, values = self._all_names, np.append(self._estimates.beta, self._pairs)
+            cov = self._cov_ratio
+        R, q = contrasts.constraint(r_matrix, names)
+        return contrasts.wald_test(
+            values, cov, R, q, use_f=use_f, df_denom=self.df_resid, scalar=scalar, names=names
+        )
+
+    def f_test(self, r_matrix: Any) -> contrasts.WaldResults:
+        """``wald_test`` with the F distribution."""
+        return self.wald_test(r_matrix, use_f=True)
+
+    def _fixed_terms(self) -> dict[str, list[int]]:
+        """Positions of the columns of each fixed term."""
+        found: dict[str, list[int]] = {}
+        owners = self._prepared.design.fixed_terms
+        for position, j in enumerate(self._prepared.problem.fixed.kept):
+            found.setdefault(owners[j], []).append(position)
+        return found
+
+    def wald_test_terms(self, skip_single: bool = False) -> contrasts.WaldTermsResults:
+        """Joint test of the columns of each fixed term.
+
+        Parameters
+        ----------
+        skip_single
+            leave out terms of one column
+        """
+        terms = {
+            name: columns
+            for name, columns in self._fixed_terms().items()
+            if not (skip_single and len(columns) == 1)
+        }
+        return contrasts.wald_terms(self._estimates.beta, self._estimates.cov_beta, terms)
+
+    def t_test_pairwise(
+        self, term_name: str, method: str = "hs", alpha: float = 0.05, factor_labels: Any = None
+    ) -> contrasts.PairwiseResults:
+        """Tests of all differences between the levels of a categorical fixed term.
+
+        Parameters
+        ----------
+        term_name
+            the term as written, ``"f"`` or ``"C(f)"``
+        method
+            adjustment of p-values: "hs", "holm", "bonferroni", "sidak", "fdr_bh"
+
+        Raises
+        ------
+        ValueError
+            the term is not one categorical factor of the fixed part
+        """
+        rows, labels = prediction.level_rows(self._prepared, term_name)
+        return contrasts.pairwise(
+            self._estimates.beta,
+            self._estimates.cov_beta,
+            rows,
+            labels if factor_labels is None else factor_labels,
+            term=term_name,
+            method=method,
+            alpha=alpha,
+        )
+
+    def profile_re(
+        self,
+        re_ix: Any,
+        vtype: str,
+        num_low: int = 5,
+        dist_low: float = 1.0,
+        num_high: int = 5,
+        dist_high: float = 1.0,
+    ) -> NDArray[np.float64]:
+        """Log-likelihood maximised over everything but one parameter, on a grid of its values.
+
+        Parameters
+        ----------
+        re_ix
+            position of a variance of the bars (``vtype="re"``), name of a variance component
+            ("vc"), name of a fixed effect ("fe")
+        vtype
+            "re", "vc" or "fe"
+        num_low, dist_low, num_high, dist_high
+            numbers of points below and above the estimate, and how far they reach, user units
+
+        Returns
+        -------
+        (num_low + 1 + num_high, 2): value in user units, log-likelihood
+
+        Raises
+        ------
+        ValueError
+            an unknown vtype or parameter, or a variance below zero
+        """
+        if vtype == "fe":
+            value, profile = self._fixed_profile(re_ix)
+        elif vtype in ("re", "vc"):
+            value, profile = self._variance_profile(re_ix, vtype)
+            if value - dist_low <= 0:
+                raise ValueError(
+                    f"dist_low={dist_low:g} is too large: the profile would begin at the negative "
+                    f"variance {value - dist_low:.4g}"
+                )
+        else:
+            raise ValueError(f"vtype={vtype!r}: must be 're', 'vc' or 'fe'")
+        left = np.linspace(value - dist_low, value, num_low + 1)
+        right = np.linspace(value, value + dist_high, num_high + 1)[1:]
+        return np.array([[v, profile(v)] for v in np.concatenate([left, right])])
+
+    def _fixed_profile(self, name: Any) -> tuple[float, Any]:
+        names = self._fixed_names
+        if name not in names:
+            raise ValueError(f"no fixed effect is called {name!r}: they are {', '.join(names)}")
+        j = names.index(name)
+        prepared, found = self._prepared, self._estimates
+        return float(found.beta[j]), lambda v: profile_fixed(prepared, found, j, float(v))
+
+    def _variance_profile(self, re_ix: Any, vtype: str) -> tuple[float, Any]:
+        labels = [bar.label for bar in self._prepared.bars if bar.component is not None]
+        if vtype == "re" and not (isinstance(re_ix, int | np.integer) and 0 <= re_ix < self.k_re):
+            raise ValueError(f"re_ix={re_ix!r}: must be a number, 0..{self.k_re - 1}")
+        if vtype == "vc" and re_ix not in labels:
+            raise ValueError(f"no variance component is called {re_ix!r}: they are {labels}")
+        at = int(re_ix) if vtype == "re" else self.k_re + labels.index(re_ix)
+        prepared, found = self._prepared, self._estimates
+        value = float(found.variances.Psi[at, at] * found.sigma2)
+        return value, lambda v: profile_variance(prepared, found, at, float(v))
+
+    # ----------------------------------------------------------------------------- presentation
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of the fit, in plain words."""
+        return fit_notes(self._prepared, self._estimates)
+
+    def summary(
+        self,
+        yname: str | None = None,
+        xname_fe: Sequence[str] | None = None,
+        xname_re: Sequence[str] | None = None,
+        title: str | None = None,
+        alpha: float = 0.05,
+    ) -> Summary:
+        """Tables in the user's units, with flags explained in words; limits at level 1 - alpha.
+
+        Parameters
+        ----------
+        yname, xname_fe, xname_re, title
+            names to print instead of the model's
+
+        Raises
+        ------
+        ValueError
+            alpha is not between 0 and 1, or the names are of another number
+        """
+        return summarise(
+            self, alpha, yname=yname, xname_fe=xname_fe, xname_re=xname_re, title=title
+        )
 
     def __str__(self) -> str:
         return str(self.summary())
@@ -360,23 +463,26 @@ class MixedLMResults:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the random effects as plain Python values, ready for JSON."""
+        names = self._fixed_names
+        certificate = self.optimizer_summary.certificate
         return {
             "schema": "dmixed-result/1",
             "formula": self.formula,
             "method": self.method,
             "nobs": self.nobs,
             "n_groups": self.n_groups,
+            "factors": self.factors,
             "llf": self.llf,
             "scale": self.scale,
             "bse_scale": self.bse_scale,
-            "fe_params": self.fe_params.to_dict(),
-            "bse_fe": self.bse_fe.to_dict(),
-            "cov_fe": self.cov_fe.to_numpy().tolist(),
+            "fe_params": dict(zip(names, self._estimates.beta.tolist(), strict=True)),
+            "bse_fe": dict(zip(names, np.asarray(self.bse_fe).tolist(), strict=True)),
+            "cov_fe": self._estimates.cov_beta.tolist(),
             "varcorr": {
                 label: {"names": list(map(str, cov.index)), "cov": cov.to_numpy().tolist()}
                 for label, cov in self.varcorr().items()
             },
-            "bse_re": self.bse_re.to_numpy().tolist(),
+            "bse_re": self._bse_pairs.tolist(),
             "theta": self.theta.tolist(),
             "aic": self.aic,
             "bic": self.bic,
@@ -388,44 +494,16 @@ class MixedLMResults:
                 "method": self.optimizer_summary.method,
                 "evaluations": self.optimizer_summary.evaluations,
                 "reason": self.optimizer_summary.reason,
-                "digits_lost": self.optimizer_summary.certificate.digits_lost,
+                "digits_lost": certificate.digits_lost,
             },
         }
 
-    # ----------------------------------------------------------------------------- names
 
-    def _bars(self) -> Iterator[tuple[str, Any, slice]]:
-        blocks = self._prepared.problem.factors.blocks
-        for bar, block in zip(self._prepared.design.bars, blocks.slices, strict=True):
-            yield bar.label, bar, block
-
-    @property
-    def _column_names(self) -> list[str]:
-        names = [str(name) for bar in self._prepared.design.bars for name in bar.names]
-        repeated = len(set(names)) < len(names)
-        if not repeated:
-            return names
-        return [f"{label}: {name}" for label, bar, _ in self._bars() for name in bar.names]
-
-    @property
-    def _re_names(self) -> list[str]:
-        """Names of the random columns as in statsmodels: the intercept is called the group."""
-        group = ":".join(self._prepared.design.spec.group)
-        return [group if n == "Intercept" else n for n in self._column_names]
-
-    @property
-    def _pair_names(self) -> list[str]:
-        names = self._re_names
-        return [
-            f"{names[a]} Var" if a == b else f"{names[b]} x {names[a]} Cov"
-            for a, b in self._prepared.problem.factors.blocks.pairs
-        ]
-
-
-class _ByLabel(Mapping[Any, Any]):
-    """A value per group label, made when it is asked for."""
+class _ByLabel(dict[Any, Any]):
+    """A value per group label, made when it is asked for; a dict that cannot be changed."""
 
     def __init__(self, index: pd.Index, make: Any) -> None:
+        super().__init__()
         self._index, self._make = index, make
 
     def __getitem__(self, label: Any) -> Any:
@@ -448,3 +526,21 @@ class _ByLabel(Mapping[Any, Any]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} groups: {', '.join(map(repr, self._index[:3]))}, ...>"
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(self._index[::-1])
+
+    # dict's own methods look past __getitem__; Mapping's go through it
+    get, keys, values, items = Mapping.get, Mapping.keys, Mapping.values, Mapping.items  # type: ignore
+    __contains__, __eq__ = Mapping.__contains__, Mapping.__eq__
+    __hash__ = None
+
+    def copy(self) -> dict[Any, Any]:
+        """Plain dict of all values."""
+        return {label: self[label] for label in self}
+
+    def _unchangeable(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("estimates do not change: copy() makes a dict of them")
+
+    __setitem__ = __delitem__ = __ior__ = _unchangeable
+    clear = pop = popitem = setdefault = update = _unchangeable

@@ -1,224 +1,305 @@
-"""Text and HTML tables of a fit, in the user's units, with every flag explained in words."""
+"""Summary of a fit in statsmodels' layout, in the user's units, with every flag in words."""
 
 from __future__ import annotations
 
 import html
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-if TYPE_CHECKING:
-    from dmixed.results import MixedLMResults
+from dmixed.errors import DataError
+from dmixed.tabular import (
+    RULE,
+    WIDTH,
+    html_pairs,
+    html_table,
+    latex_pairs,
+    latex_table,
+    latex_text,
+    ruled,
+    text_pairs,
+    text_table,
+)
 
-WIDTH = 78
-"""Characters in a line of text."""
+__all__ = ["WIDTH", "Summary", "few_rows", "held_at_zero", "quantile", "summarise"]
 
 INLINE = 3
 """Columns of a bar whose correlations stand beside their variances."""
 
+DIGITS = 6
+"""Decimal digits of the criterion lost to rounding that are still not worth a word."""
 
-@dataclass(frozen=True, slots=True)
+TITLE = "Mixed Linear Model Regression Results"
+"""Title of a summary, as in statsmodels."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Summary:
-    """What a reader needs of a fit.
+    """What a reader needs of a fit. All cells are text; estimates have six significant digits.
 
     Attributes
     ----------
     title
         one line
     header
-        pairs of label and text
-    random, fixed
-        tables of the variance parameters and the fixed effects
-    correlations
-        a title and a lower triangle per bar, where a bar has more than `INLINE` columns
+        four columns: label, value, label, value
+    model
+        labels and values that need more room: the formula
+    coefficients
+        fixed effects, then the variance parameters in user units, by name
+    random
+        variances, standard deviations and correlations of the random effects by group
     notes
         sentences: what was dropped, flagged, or needs care
+    correlations
+        a title and a lower triangle per bar, where a bar has more than `INLINE` columns
     """
 
     title: str
-    header: tuple[tuple[str, str], ...]
+    header: pd.DataFrame
+    model: tuple[tuple[str, str], ...]
+    coefficients: pd.DataFrame
     random: pd.DataFrame
-    fixed: pd.DataFrame
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     correlations: tuple[tuple[str, pd.DataFrame], ...] = ()
 
-    def __str__(self) -> str:
-        width = max(len(label) for label, _ in self.header) + 1
-        lines = [self.title, "=" * len(self.title)]
-        for label, text in self.header:
-            lines += textwrap.wrap(
-                text, WIDTH, initial_indent=f"{label + ':':<{width}} ",
-                subsequent_indent=" " * (width + 1),
-            )  # fmt: skip
-        lines += ["", "Random effects", _text(self.random)]
-        for title, table in self.correlations:
-            lines += ["", *textwrap.wrap(title, WIDTH), _text(table)]
-        lines += ["", "Fixed effects"]
-        lines += [_text(self.fixed) if len(self.fixed) else "(none)"]
-        if self.notes:
-            lines += [""]
-        for note in self.notes:
-            lines += textwrap.wrap(note, WIDTH, initial_indent="* ", subsequent_indent="  ")
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return str(self)
+    @property
+    def tables(self) -> list[pd.DataFrame]:
+        """Copies: header, coefficients, random effects, then any tables of correlations."""
+        wide = [(label, value, "", "") for label, value in self.model]
+        header = pd.concat([self.header, pd.DataFrame(wide, columns=range(4))], ignore_index=True)
+        others = [self.coefficients, self.random, *(table for _, table in self.correlations)]
+        return [header, *(table.copy() for table in others)]
 
     def as_text(self) -> str:
-        """The summary as plain text."""
-        return str(self)
+        """Plain text of at most `WIDTH` characters a line."""
+        random = [RULE, "Random effects", *text_table(self.random)]
+        for title, table in self.correlations:
+            random += ["", *textwrap.wrap(title, WIDTH), *text_table(table)]
+        natural = [*text_pairs(self.header, self.model), *text_table(self.coefficients), *random]
+        titles = textwrap.wrap(self.title, WIDTH)
+        width = max(map(len, [*titles, *natural]))
+        body = [*text_pairs(self.header, self.model, width), RULE]
+        body += [*text_table(self.coefficients, width, rule=True), *random]
+        edge = "=" * width
+        notes: list[str] = []
+        for note in self.notes:
+            notes += textwrap.wrap(note, WIDTH, initial_indent="* ", subsequent_indent="  ")
+        top = [line.center(width).rstrip() for line in titles]
+        return "\n".join([*top, edge, ruled([*body, edge]), *notes])
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-            for label, text in self.header
+    def as_html(self) -> str:
+        """The same as HTML."""
+        model = "".join(
+            f"<p>{html.escape(label)} {html.escape(value)}</p>\n" for label, value in self.model
         )
         correlations = "".join(
-            f"<h5>{html.escape(title)}</h5>{table.to_html(na_rep='')}"
+            f"<h5>{html.escape(title)}</h5>\n{html_table(table)}"
             for title, table in self.correlations
         )
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        notes = "".join(f"<li>{html.escape(note)}</li>\n" for note in self.notes)
         return (
-            f"<h3>{html.escape(self.title)}</h3><table>{rows}</table>"
-            f"<h4>Random effects</h4>{self.random.to_html(na_rep='')}"
-            f"{correlations}"
-            f"<h4>Fixed effects</h4>{self.fixed.to_html(na_rep='')}"
-            + (f"<ul>{notes}</ul>" if notes else "")
+            f"<h3>{html.escape(self.title)}</h3>\n{html_pairs(self.header)}{model}"
+            f"{html_table(self.coefficients)}<h4>Random effects</h4>\n{html_table(self.random)}"
+            f"{correlations}" + (f"<ul>\n{notes}</ul>\n" if notes else "")
         )
 
+    def as_latex(self, label: str = "") -> str:
+        """The same as a LaTeX table, which needs no packages; ``label`` is for references."""
+        model = "\n\n".join(
+            f"{latex_text(name)} \\texttt{{{latex_text(value)}}}" for name, value in self.model
+        )
+        correlations = "".join(
+            f"{latex_text(title)}\n{latex_table(table)}" for title, table in self.correlations
+        )
+        notes = "".join(f"\\item {latex_text(note)}\n" for note in self.notes)
+        return (
+            f"\\begin{{table}}\n\\caption{{{latex_text(self.title)}}}\n\\label{{{label}}}\n"
+            f"{latex_pairs(self.header)}{model}\n{latex_table(self.coefficients)}"
+            f"Random effects\n{latex_table(self.random)}{correlations}"
+            + (f"\\begin{{itemize}}\n{notes}\\end{{itemize}}\n" if notes else "")
+            + "\\end{table}\n"
+        )
 
-def _text(table: pd.DataFrame) -> str:
-    """A table in lines of at most `WIDTH` characters; nothing is cut."""
-    plain = str(table.to_string(na_rep=""))
-    if max(map(len, plain.splitlines())) <= WIDTH:
-        return plain
-    return "\n".join(_narrow(_one_label(table) if "Name" in table else table))
+    def __str__(self) -> str:
+        return self.as_text()
 
+    def __repr__(self) -> str:
+        return self.as_text()
 
-def _one_label(table: pd.DataFrame) -> pd.DataFrame:
-    """The random effects with groups on lines of their own and names below them."""
-    labels: list[str] = []
-    rows: list[list[str]] = []
-    for group, name, *cells in table.itertuples():
-        if group and name:
-            labels.append(group)
-            rows.append([""] * len(cells))
-        labels.append(f"  {name}" if name else group)
-        rows.append(cells)
-    return pd.DataFrame(rows, labels, table.columns.drop("Name"))
-
-
-def _narrow(table: pd.DataFrame) -> list[str]:
-    """Lines of a wide table: a long label has its own line, many columns come in halves."""
-    widths = [2 + max(map(len, [name, *table[name]])) for name in table]
-    if sum(widths) > WIDTH and len(widths) > 1:
-        half = len(widths) // 2
-        left, right = table.iloc[:, :half], table.iloc[:, half:]
-        return [*_narrow(left), "", *_narrow(right[(right != "").any(axis=1)])]
-    room = min(WIDTH - sum(widths), max(map(len, table.index)))
-    lines = []
-    for label, *cells in [("", *table.columns), *table.itertuples()]:
-        numbers = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        if len(label) > room:
-            indent = " " * (len(label) - len(label.lstrip()))
-            lines += textwrap.wrap(label, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
-            label = ""
-        if label or numbers.strip():
-            lines.append(f"{label:<{room}}{numbers}".rstrip())
-    return lines
+    def _repr_html_(self) -> str:
+        return self.as_html()
 
 
 def quantile(alpha: float) -> float:
     """Normal quantile of two-sided limits at level 1 - alpha."""
     if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha={alpha!r}: must be between 0 and 1, such as 0.05 for 95% limits")
+        raise DataError(f"alpha={alpha!r}: must be between 0 and 1, such as 0.05 for 95% limits")
     return float(norm.ppf(1.0 - alpha / 2.0))
 
 
-def summarise(result: MixedLMResults, alpha: float) -> Summary:
-    """Summary of a result; confidence limits at level 1 - alpha."""
-    sizes = result.group_sizes
-    by = "REML" if result.reml else "maximum likelihood"
-    criterion = [("Log-likelihood", f"{result.llf:.4f}" + (" (restricted)" * result.reml))]
-    if not result.reml:
-        criterion.append(("AIC, BIC", f"{result.aic:.3f}, {result.bic:.3f}"))
-    group = ":".join(result._prepared.design.spec.group)
-    header = (
-        ("Formula", result.formula),
-        ("Rows", f"{result.nobs:,}" + _dropped_count(result)),
-        (
-            "Groups",
-            f"{result.n_groups:,} of {group!r}, {sizes.min():,} to {sizes.max():,} rows each"
-            f" (mean {sizes.mean():.1f})",
-        ),
-        *criterion,
-        (
-            "Optimiser",
-            f"{result.optimizer_summary.evaluations} evaluations, "
-            + ("converged" if result.converged else "NOT CONVERGED"),
-        ),
-    )
+def summarise(
+    result: Any,
+    alpha: float = 0.05,
+    yname: str | None = None,
+    xname_fe: Sequence[str] | None = None,
+    xname_re: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Summary:
+    """Summary of a result.
+
+    Parameters
+    ----------
+    result
+        estimates, in user units, as a result of a fit has them
+    alpha
+        limits are at level 1 - alpha
+    yname
+        name of the response, instead of its own
+    xname_fe, xname_re
+        names of the fixed effects, and of the variance parameters below them, instead of theirs
+    title
+        instead of `TITLE`
+
+    Raises
+    ------
+    ValueError
+        alpha is not between 0 and 1, or there are more or fewer names than parameters
+    """
     return Summary(
-        title=f"Linear mixed model fitted by {by}",
-        header=header,
+        title=TITLE if title is None else title,
+        header=_header(result, result.endog_name if yname is None else yname),
+        model=_model(result),
+        coefficients=_coefficients(result, alpha, _names(result, xname_fe, xname_re)),
         random=_random_table(result),
-        correlations=_correlations(result) if _apart(result) else (),
-        fixed=_fixed_table(result, alpha),
+        correlations=_correlations(result.varcorr()) if _apart(result.varcorr()) else (),
         notes=_notes(result),
     )
 
 
-def _dropped_count(result: MixedLMResults) -> str:
-    dropped = sum(result.dropped.values())
-    return f" used, {dropped:,} dropped" if dropped else ""
+# ---------------------------------------------------------------------------- tables
 
 
-def _number(value: Any) -> str:
+def _number(value: float) -> str:
     """Six significant digits, empty where there is no value."""
     return "" if np.isnan(value) else f"{value:.6g}"
 
 
-def _random_table(result: MixedLMResults) -> pd.DataFrame:
-    """Variance, its standard error, standard deviation and correlations of each random column."""
-    rows, correlations, apart = [], 0, _apart(result)
-    variance_se = iter(result.bse_re)
-    for label, cov in result.varcorr().items():
+def _header(result: Any, yname: str) -> pd.DataFrame:
+    """Labels and values in two pairs of columns."""
+    sizes = np.asarray(result.group_sizes)
+    left = {
+        "Model:": "MixedLM",
+        "No. Observations:": f"{result.nobs:d}",
+        "No. Groups:": f"{result.n_groups:d}",
+        "Min. group size:": f"{sizes.min():d}",
+        "Max. group size:": f"{sizes.max():d}",
+        "Mean group size:": f"{sizes.mean():.1f}",
+    }
+    right = {
+        "Dependent Variable:": str(yname),
+        "Method:": result.method,
+        "Scale:": _number(result.scale),
+        "Scale Std.Err.:": _number(result.bse_scale),
+        "Log-Likelihood:": f"{result.llf:.4f}",
+    }
+    if not result.reml:
+        right |= {"AIC:": f"{result.aic:.4f}", "BIC:": f"{result.bic:.4f}"}
+    right["Converged:"] = "Yes" if result.converged else "No"
+    rows = zip_longest(left.items(), right.items(), fillvalue=("", ""))
+    return pd.DataFrame([[*first, *second] for first, second in rows])
+
+
+def _model(result: Any) -> tuple[tuple[str, str], ...]:
+    """The formula, and the factors where there are several."""
+    lines = [("Formula:", result.formula)]
+    if len(result.factors) > 1:
+        levels = ", ".join(f"{label} ({count})" for label, count in result.factors.items())
+        lines.append(("Factors:", f"{levels}; groups are those of {result.group_name}"))
+    return tuple(lines)
+
+
+def _names(
+    result: Any, xname_fe: Sequence[str] | None, xname_re: Sequence[str] | None
+) -> list[str]:
+    """Names of the rows of the coefficients."""
+    own, p = list(map(str, result.params_user.index)), len(result.fe_params)
+    for what, given, count in (
+        ("xname_fe", xname_fe, p),
+        ("xname_re", xname_re, len(own) - p),
+    ):
+        if given is not None and (isinstance(given, str) or len(given) != count):
+            raise DataError(f"{what} should be a list of length {count}, but it is {given!r}")
+    fixed = own[:p] if xname_fe is None else list(map(str, xname_fe))
+    return fixed + (own[p:] if xname_re is None else list(map(str, xname_re)))
+
+
+def _coefficients(result: Any, alpha: float, names: list[str]) -> pd.DataFrame:
+    """Estimates; the fixed effects with large-sample tests and limits."""
+    b, p = result.params_user.to_numpy(dtype=float), len(result.fe_params)
+    se = result.bse_user.to_numpy(dtype=float)
+    tested = np.where(np.arange(len(b)) < p, se, np.nan)
+    half = quantile(alpha) * tested
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = b / tested
+    columns = {
+        "Coef.": map(_number, b),
+        "Std.Err.": map(_number, se),
+        "z": map(_ratio, z),
+        "P>|z|": ("" if np.isnan(value) else f"{2 * norm.sf(abs(value)):.3f}" for value in z),
+        f"[{alpha / 2:g}": map(_number, b - half),
+        f"{1 - alpha / 2:g}]": map(_number, b + half),
+    }
+    return pd.DataFrame({name: list(cells) for name, cells in columns.items()}, index=names)
+
+
+def _ratio(z: float) -> str:
+    """Three decimals, or an exponent where they would be many digits."""
+    return "" if np.isnan(z) else f"{z:.3f}" if abs(z) < 1e6 else f"{z:.3e}"
+
+
+def _random_table(result: Any) -> pd.DataFrame:
+    """Variance, standard deviation and correlations of each random column, by group."""
+    varcorr = result.varcorr()
+    rows, correlations, apart = [], 0, _apart(varcorr)
+    for label, cov in varcorr.items():
         sd, correlation = np.sqrt(np.diag(cov)), _correlation(cov)
         for a, name in enumerate(cov.index):
-            errors = [next(variance_se) for _ in range(a + 1)]
-            row = {"Group": label if a == 0 else "", "Name": str(name)}
-            row |= {
+            row = {
+                "Group": label if a == 0 else "",
+                "Levels": _levels(label, result.factors) if a == 0 else "",
+                "Name": str(name),
                 "Variance": _number(cov.iloc[a, a]),
-                "Std.Err.": _number(errors[a]),
                 "Std.Dev.": _number(sd[a]),
             }
             if not apart:
                 correlations = max(correlations, a)
                 row |= {f"Corr {b + 1}": correlation[a][b] for b in range(a)}
             rows.append(row)
-    rows.append(
-        {
-            "Group": "Residual",
-            "Name": "",
-            "Variance": _number(result.scale),
-            "Std.Err.": _number(result.bse_scale),
-            "Std.Dev.": _number(np.sqrt(result.scale)),
-        }
-    )
-    columns = ["Name", "Variance", "Std.Err.", "Std.Dev."]
+    residual = {"Variance": _number(result.scale), "Std.Dev.": _number(np.sqrt(result.scale))}
+    rows.append({"Group": "Residual", "Levels": "", "Name": "", **residual})
+    columns = ["Levels", "Name", "Variance", "Std.Dev."]
     columns += [f"Corr {b + 1}" for b in range(correlations)]
     table = pd.DataFrame(rows).set_index("Group").reindex(columns=columns).fillna("")
-    return table.rename_axis(None).rename(columns={"Corr 1": "Corr"} if correlations == 1 else {})
+    return table.rename(columns={"Corr 1": "Corr"} if correlations == 1 else {})
 
 
-def _apart(result: MixedLMResults) -> bool:
+def _levels(label: str, factors: Mapping[str, int]) -> str:
+    """Levels of a bar's factor: bar ``g.1`` is one more bar of factor ``g``."""
+    stem, dot, number = label.rpartition(".")
+    factor = stem if label not in factors and dot and number.isdigit() else label
+    return f"{factors[factor]:d}" if factor in factors else ""
+
+
+def _apart(varcorr: Mapping[str, pd.DataFrame]) -> bool:
     """Whether a bar has so many columns that correlations need tables of their own."""
-    return max(map(len, result.varcorr().values())) > INLINE
+    return max(map(len, varcorr.values()), default=0) > INLINE
 
 
 def _correlation(cov: pd.DataFrame) -> list[list[str]]:
@@ -233,10 +314,10 @@ def _correlation(cov: pd.DataFrame) -> list[list[str]]:
     ]
 
 
-def _correlations(result: MixedLMResults) -> tuple[tuple[str, pd.DataFrame], ...]:
+def _correlations(varcorr: Mapping[str, pd.DataFrame]) -> tuple[tuple[str, pd.DataFrame], ...]:
     """A table of correlations per bar of several columns, which are numbered."""
     tables = []
-    for label, cov in result.varcorr().items():
+    for label, cov in varcorr.items():
         q = len(cov)
         if q > 1:
             rows = [[*row, *[""] * (q - 1 - len(row))] for row in _correlation(cov)]
@@ -246,25 +327,37 @@ def _correlations(result: MixedLMResults) -> tuple[tuple[str, pd.DataFrame], ...
     return tuple(tables)
 
 
-def _fixed_table(result: MixedLMResults, alpha: float) -> pd.DataFrame:
-    """Estimates with large-sample tests and limits."""
-    beta, se = result.fe_params, result.bse_fe
-    half = quantile(alpha) * se
-    z = beta / se
-    level = f"{100 * (1 - alpha):g}%"
-    return pd.DataFrame(
-        {
-            "Coef.": beta.map(_number),
-            "Std.Err.": se.map(_number),
-            "z": z.map(lambda value: f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3e}"),
-            "P>|z|": [f"{2 * norm.sf(abs(value)):.3f}" for value in z],
-            f"[{level} lower": (beta - half).map(_number),
-            f"{level} upper]": (beta + half).map(_number),
-        }
+# ---------------------------------------------------------------------------- notes
+
+
+def few_rows(nobs: int, n_random: int, n_fixed: int) -> tuple[str, ...]:
+    """A sentence where the rows are no more than the effects, else none.
+
+    Parameters
+    ----------
+    nobs
+        rows
+    n_random, n_fixed
+        random effects (columns times levels, summed over the bars) and fixed effects
+    """
+    if nobs > n_random + n_fixed:
+        return ()
+    return (
+        f"No more rows ({nobs:,}) than random effects ({n_random:,}) and fixed effects "
+        f"({n_fixed:,}): the variances are hardly determined. Take a simpler random part, or more "
+        "rows per group.",
     )
 
 
-def _notes(result: MixedLMResults) -> tuple[str, ...]:
+def held_at_zero(bar: str) -> str:
+    """A sentence for a bar, as written, whose variances are held at zero."""
+    return (
+        f"{bar} lies within another bar: the likelihood cannot split what the two share, and all "
+        "of it is given to the larger one. Leave the smaller out."
+    )
+
+
+def _notes(result: Any) -> tuple[str, ...]:
     """Flags in plain words, with what to try."""
     notes = []
     if result.dropped:
@@ -275,20 +368,8 @@ def _notes(result: MixedLMResults) -> tuple[str, ...]:
             "Left out of the fixed effects because they are linear combinations of the columns "
             f"before them: {', '.join(result.aliased)}."
         )
-    q, p = len(result.cov_re), len(result.fe_params)
-    if result.nobs <= result.n_groups * q + p:
-        notes.append(
-            f"No more rows ({result.nobs:,}) than random effects ({result.n_groups:,} groups "
-            f"times {q}) and fixed effects ({p}): the variances are hardly determined. Take a "
-            "simpler random part, or more rows per group."
-        )
-    blocks = result._prepared.problem.factors.blocks
-    for bar in (result._prepared.design.bars[j] for j in blocks.held):
-        notes.append(
-            f"{bar.text} lies within another bar: the likelihood cannot split what the two share, "
-            "and all of it is given to the larger one. Leave the smaller out."
-        )
-    if np.any(np.array(result._estimates.variances.zero) & blocks.moving):
+    notes += result.notes
+    if result.singular:
         notes.append(
             "Singular fit: a variance is exactly zero or a correlation exactly one. The estimates "
             "are the optimum, but the random part is richer than these data can show; a simpler "
@@ -300,7 +381,7 @@ def _notes(result: MixedLMResults) -> tuple[str, ...]:
             "rescale the columns or simplify the random part."
         )
     lost = result.optimizer_summary.certificate.digits_lost
-    if lost > 6:
+    if lost > DIGITS:
         notes.append(
             f"About {lost:.0f} of 16 digits of the criterion are lost to rounding: group effects "
             "or collinear columns dwarf the residual noise."

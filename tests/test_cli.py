@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_dropped_rows_are_counted(frame: pd.DataFrame, tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "data.parquet")
     result = fit(tmp_path / "data.parquet", "--out", tmp_path / "fit")
     assert result.exit_code == 0
-    assert "2 dropped" in result.stdout
+    assert "x: missing (2)" in result.stdout
     found = json.loads((tmp_path / "fit" / "result.json").read_text())
     assert sum(found["dropped"].values()) == 2
 
@@ -202,7 +203,7 @@ def test_help_tells_the_exit_status(arguments: tuple[str, ...]) -> None:
         ("y ~ x + (1 | nosuch)", (), "nosuch"),
         ("y ~ x", (), "(1 | "),
         ("y ~ x + (1 | g", (), "y ~ x + (1 | g"),
-        ("y ~ x + (1 | g) + (1 | h)", (), "one grouping factor is supported so far"),
+        ("y ~ x + (1 | (g/h):x)", (), "the group must be a column"),
         ("y ~ __import__('os').system('true') + (1 | g)", (), "__import__"),
         ("y ~ x + (1 | g)", ("--weights", "nosuch"), "nosuch"),
         ("g ~ x + (1 | h)", (), "'g'"),
@@ -329,7 +330,7 @@ def test_no_convergence(data: str, tmp_path: Path) -> None:
     # COBYLA stops at a trust region of 1e-4: nowhere near what a certificate asks for.
     result = fit(data, "--method", "COBYLA", "--out", tmp_path / "fit")
     assert result.exit_code == cli.Status.NOT_CONVERGED
-    assert "NOT CONVERGED" in result.stdout
+    assert re.search(r"Converged: +No", result.stdout)
     assert_one_line(result, "did not converge", "nothing is written")
     assert list(tmp_path.iterdir()) == []
 
@@ -373,4 +374,4 @@ def test_progress_is_shown_on_a_terminal_only(data: str) -> None:
     os.close(ours)
     assert "reading" in shown
     assert "\x1b" not in process.stdout
-    assert process.stdout.startswith("Linear mixed model")
+    assert process.stdout.lstrip().startswith("Mixed Linear Model")

@@ -30,7 +30,7 @@ from dmixed.design import (
     specify,
 )
 from dmixed.errors import DataError, FormulaError, MissingDataError
-from dmixed.formula import parse
+from dmixed.formula import ParsedFormula, parse
 from dmixed.moments import accumulate, carried_columns, combine
 
 N = 240
@@ -66,7 +66,7 @@ def table(data: pd.DataFrame) -> pa.Table:
 
 
 def fit(
-    formula: str,
+    formula: str | ParsedFormula,
     data: pa.Table,
     cuts: Sequence[int] = (),
     context: dict[str, Callable[..., Any]] | None = None,
@@ -74,7 +74,9 @@ def fit(
 ) -> tuple[Design, list[Batch]]:
     """Everything from the formula to the design, batch by batch, as workers do it."""
     edges = list(cuts) or [0, len(data)]
-    spec = specify(parse(formula, context or ()), data.slice(0, 100), context=context, **options)
+    if isinstance(formula, str):
+        formula = parse(formula, context or ())
+    spec = specify(formula, data.slice(0, 100), context=context, **options)
     if context is None:
         spec = pickle.loads(pickle.dumps(spec))
     batches = [block(spec, data.slice(a, b - a), a) for a, b in pairwise(edges)]
@@ -241,7 +243,7 @@ def test_columns_are_those_of_formulaic(formula: str) -> None:
         rows = matrix(design, table(DATA), response=True)
         for found, T, X in (
             (design.fixed_names, design.T_fixed, rows.X),
-            (design.bars[0].names, design.bars[0].T, rows.Z[0]),
+            (design.bars[0].names, design.terms[0].T, rows.Z[0]),
         ):
             assert list(found) == names
             np.testing.assert_allclose(F @ T / scale, values / scale, atol=1e-10, rtol=0)
@@ -250,7 +252,7 @@ def test_columns_are_those_of_formulaic(formula: str) -> None:
         np.testing.assert_array_equal(rows.response, DATA["y"])
         assert rows.complete.all()
         random = {design.columns.index(b.block.columns[i]) for b in batches for i in b.block.random}
-        assert set(np.flatnonzero(design.bars[0].T.any(axis=1))) <= random
+        assert set(np.flatnonzero(design.terms[0].T.any(axis=1))) <= random
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,16 @@ def test_fixed_terms(formula: str, terms: list[str]) -> None:
         ("(1|g) + z + (0+x|g)", ["(1 | g)", "(0 + x | g)"]),
         ("(1|a:b)", ["(1 | a:b)"]),
         ("(1|a:b) + (0+x|b:a)", ["(1 | a:b)", "(0 + x | b:a)"]),
+        ("(1|a) + (1|b)", ["(1 | a)", "(1 | b)"]),
+        ("(1+x|g) + (0+x|g:h)", ["(1 + x | g)", "(0 + x | g:h)"]),
+        ("(1|a/b)", ["(1 | a)", "(1 | b:a)"]),
+        ("(1|a/b/c)", ["(1 | a)", "(1 | b:a)", "(1 | c:b:a)"]),
+        ("((1|(a/`b c`)))", ["(1 | a)", "(1 | `b c`:a)"]),
+        ("(x|a/b)", ["(1 + x | a)", "(1 + x | b:a)"]),
+        ("(x||a/b)", ["(1 | a)", "(0 + x | a)", "(1 | b:a)", "(0 + x | b:a)"]),
+        ("(1|a:b/c)", ["(1 | a:b)", "(1 | c:a:b)"]),
+        ("(1|a/b:c)", ["(1 | a)", "(1 | b:c:a)"]),
+        ("(1|(a)/(b:c))", ["(1 | a)", "(1 | b:c:a)"]),
         ("(1|`a|b`)", ["(1 | `a|b`)"]),
         ("(I((x - 1)^2) | g)", ["(1 + I((x - 1) ** 2) | g)"]),
         ("(log(yield) + f | g)", ["(1 + log(yield) + f | g)"]),
@@ -88,8 +98,12 @@ def test_bars(formula: str, expected: list[str]) -> None:
 
 def test_bars_of_one_factor_share_its_key() -> None:
     formula = parse("y ~ (1|a:b) + (0+x|b:a)")
-    assert formula.group == ("a", "b")
+    assert formula.groups == ("a", "b")
     assert {bar.group for bar in formula.bars} == {("a", "b")}
+    nested = parse("y ~ (1|a/b) + (0+x|a:b) + (0+x|a)")
+    assert [bar.group for bar in nested.bars] == [("a",), ("b", "a"), ("b", "a"), ("a",)]
+    assert nested.groups == ("a",)
+    assert nested.columns == ("y", "x", "a", "b")
 
 
 def test_columns_are_those_used_in_order() -> None:
@@ -131,6 +145,79 @@ def test_parse_parts() -> None:
         parse_parts("y ~ 1", "g", "log(x")
 
 
+class TestComponents:
+    """Variance components, in statsmodels' words."""
+
+    @pytest.mark.parametrize(
+        ("text", "terms"),
+        [
+            ("0 + C(cask)", ["C(cask)"]),
+            ("~0 + C(cask)", ["C(cask)"]),
+            ("~ C(cask) - 1", ["C(cask)"]),
+            ("0 + cask", ["cask"]),
+            ("0 + x", ["x"]),
+            ("0 + C(a):x", ["C(a):x"]),
+            ("1 + C(a)", ["1", "C(a)"]),
+            ("C(a)", ["1", "C(a)"]),
+            ("0 + x1 + x2", ["x1", "x2"]),
+            ("0 + C(x > 3)", ["C(x > 3)"]),
+            ("1", ["1"]),
+        ],
+    )
+    def test_terms(self, text: str, terms: list[str]) -> None:
+        formula = parse_parts("y ~ z", "g", None, vc_formula={"v": text})
+        (bar,) = formula.bars
+        assert [term.text for term in bar.terms] == terms
+        assert (bar.component, bar.group, formula.groups) == ("v", ("g",), ("g",))
+        assert bar.text == f"v: {' + '.join(terms if '1' in terms else ['0', *terms])}"
+
+    def test_they_come_by_name_after_the_random_coefficients(self) -> None:
+        parts = {"b": "0 + C(b)", "a": "0 + u", "B": "0 + v"}
+        formula = parse_parts("y ~ x", ["g", "h"], "~z", vc_formula=parts)
+        assert [bar.component for bar in formula.bars] == [None, "B", "a", "b"]
+        assert {bar.group for bar in formula.bars} == {("g", "h")}
+        assert formula.columns == ("y", "x", "z", "v", "u", "b", "g", "h")
+        assert pickle.loads(pickle.dumps(formula)) == formula
+        alone = parse_parts("y ~ x", "g", None, vc_formula=parts)
+        assert [bar.component for bar in alone.bars] == ["B", "a", "b"]
+        assert parse_parts("y ~ x", "g", None, vc_formula={}) == parse_parts("y ~ x", "g", None)
+
+    def test_pi_and_functions_of_the_caller(self) -> None:
+        parts = {"v": "0 + C(f(pi * t) > 0)"}
+        formula = parse_parts("y ~ x", "g", None, {"f"}, parts)
+        assert formula.columns == ("y", "x", "t", "g")
+        assert formula.resolved(["y", "x", "t", "g"]).bars[0].component == "v"
+        assert formula.resolved(["y", "x", "t", "g", "pi"]).columns[2:] == ("pi", "t", "g")
+        with pytest.raises(DataError, match="no column 't'"):
+            formula.resolved(["y", "x", "g"])
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["0 + x"], "vc_formula must map names .*not list of str"),
+            ("0 + x", "vc_formula must map names .*not str"),
+            ({3: "0 + x"}, "vc_formula: 3 cannot name a component"),
+            ({" ": "0 + x"}, "vc_formula: ' ' cannot name a component"),
+            ({"v": 3}, r"vc_formula\['v'\] must be text such as .*not int"),
+            ({"v": "0"}, r"vc_formula\['v'\]='0' has no terms; write '0 \+ C\(cask\)'"),
+            ({"v": "1 | g"}, r"vc_formula\['v'\]: '\|' cannot stand"),
+            ({"v": "y ~ x"}, r"vc_formula\['v'\]: '~' cannot stand"),
+            ({"v": "log(x"}, r"vc_formula\['v'\]: the parentheses of 'log\(x' do not match"),
+            ({"v": "0 + mean(x)"}, r"vc_formula\['v'\]: mean\(\) cannot be used"),
+            ({"v": "0 + C(y)", "w": "0 + y"}, "the response 'y' is also right"),
+            ({"v": "0 + C(a)", "w": "~0+C( a )"}, "'v' and 'w' are the same component"),
+            ({"g": "0 + C(a)"}, "a component is called 'g', as the groups are"),
+        ],
+    )
+    def test_message_says_what_is_wrong(self, given: object, message: str) -> None:
+        with pytest.raises(FormulaError, match=message):
+            parse_parts("y ~ x", "g", "1", vc_formula=given)  # type: ignore[arg-type]
+
+    def test_random_coefficients_need_terms(self) -> None:
+        with pytest.raises(FormulaError, match=r"re_formula='0' has no terms; .* leave it out"):
+            parse_parts("y ~ x", "g", "0", vc_formula={"v": "0 + C(a)"})
+
+
 def test_functions_of_the_caller() -> None:
     formula = parse("y ~ f(x, 2) + log(x) + (1|g)", context={"f"})
     assert formula.columns == ("y", "x", "g")
@@ -150,8 +237,7 @@ def test_parsed_formula_pickles() -> None:
 @pytest.mark.parametrize(
     ("formula", "message"),
     [
-        ("y ~ (1|a) + (1|b)", "different grouping factors, a and b"),
-        ("y ~ (1|a/b)", "nested groups"),
+        ("y ~ (1|(a/b):c)", "columns joined by ':' or '/'; expressions are not supported"),
         ("y ~ (1|a*b)", "expressions are not supported"),
         ("y ~ (1|a + b)", "expressions are not supported"),
         ("y ~ (1|factor(a))", "expressions are not supported"),
@@ -176,6 +262,13 @@ def test_not_supported_yet(formula: str, message: str) -> None:
         ("y ~ x - (1|g)", "cannot be subtracted"),
         ("y ~ (1|g) + (1|g)", "there twice"),
         ("y ~ (1|a:a)", "there twice"),
+        ("y ~ (1|a/a)", "there twice"),
+        ("y ~ (1|a/b) + (1|a)", r"\(1 \| a\) is there twice"),
+        ("y ~ (1|a/b) + (1|a:b)", r"\(1 \| a:b\) is there twice"),
+        ("y ~ (1|a/)", "right of the bar must be a column"),
+        ("y ~ (1|/a)", "right of the bar must be a column"),
+        ("y ~ (1|a//b)", "expressions are not supported"),
+        pytest.param(f"y ~ (1|{'/'.join(f'a{i}' for i in range(21))})", "more than 20", id="deep"),
         ("y ~ (0|g)", "no random coefficient"),
         ("y ~ (|g)", "no random coefficient"),
         ("y ~ (1|)", "right of the bar must be a column"),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from dmixed.errors import DataError
-from dmixed.keys import Labels, align, encode, lookup, sort_index, to_pandas
+from dmixed.keys import Labels, align, encode, lookup, sort_index, subset, to_pandas
 
 
 def labels(values, type=None, name="g") -> Labels:
@@ -286,6 +286,14 @@ class TestAlign:
         assert len(sort_index(union)) == 0
         assert len(to_pandas(labels(pa.nulls(1)))) == 0
 
+    def test_the_union_starts_with_the_first(self):
+        """Integers close together too, which are numbered by size within a batch."""
+        first, second = labels([3, 1]), labels([2, 0, 3])
+        union, positions = align([first, second])
+        assert values(union)[: len(first)] == values(first)
+        assert positions[0].tolist() == [0, 1]
+        assert [values(union)[i] for i in positions[1]] == values(second)
+
     def test_order_of_merging_does_not_matter(self):
         parts = [labels([1, 2]), labels([2.0, 3.0]), labels([0.5]), labels(pa.nulls(1))]
         left = align([align([align(parts[:2])[0], parts[2]])[0], parts[3]])[0]
@@ -337,6 +345,15 @@ class TestOrderAndUse:
         with pytest.raises(DataError, match="'g' has type string"):
             lookup(known, labels([1]))
 
+    def test_lookup_of_integers_between(self):
+        found = labels([3, 1])
+        assert lookup(found, labels([0, 2])).tolist() == [-1, -1]
+        merged, _ = align([labels([5, 4]), labels([1, 2, 3])])
+        queries = labels([2, 6, 5, 4, 0])
+        at = lookup(merged, queries)
+        expected = [values(merged).index(x) if x in values(merged) else -1 for x in values(queries)]
+        assert at.tolist() == expected
+
     def test_take_and_pickle(self):
         keys = labels(pa.array([f"group {i}" for i in range(10_000)]))
         few = keys.take(np.array([3, 1]))
@@ -348,3 +365,48 @@ class TestOrderAndUse:
 def ordered(labels: Labels) -> Labels:
     """Labels in canonical order."""
     return labels.take(sort_index(labels))
+
+
+class TestSubset:
+    cells = encode(
+        [
+            pa.array(["b", "a", "b", "a", None, "b"]),
+            pa.array([1, 1, 2, 1, 3, 1]),
+            pa.array([2.5, 0.5, 2.5, -0.5, 0.5, 0.5]),
+        ],
+        ["g", "h", "k"],
+    )[1]
+
+    def test_projections_in_order_of_first_appearance(self):
+        assert len(self.cells) == 5
+        codes, found = subset(self.cells, [0])
+        assert codes.tolist() == [0, 1, 0, 1, 0]
+        assert codes.dtype == np.int64
+        assert values(found) == ["b", "a"]
+        codes, found = subset(self.cells, [2, 0])
+        assert found.names == ("k", "g")
+        assert values(found) == [(2.5, "b"), (0.5, "a"), (-0.5, "a"), (0.5, "b")]
+        assert codes.tolist() == [0, 1, 0, 2, 3]
+
+    @pytest.mark.parametrize("positions", [(0, 1, 2), (2, 0, 1)])
+    def test_all_columns(self, positions):
+        codes, found = subset(self.cells, positions)
+        assert codes.tolist() == [0, 1, 2, 3, 4]
+        assert codes.dtype == np.int64
+        assert found.names == tuple(self.cells.names[j] for j in positions)
+        assert all(found.arrays[i] is self.cells.arrays[j] for i, j in enumerate(positions))
+
+    @pytest.mark.parametrize("whole", [-(2**63), 2**64 - 1, 2**53 + 1])
+    def test_types_stay(self, whole):
+        type = pa.uint64() if whole >= 2**63 else pa.int64()
+        columns = [pa.array([whole, 5, whole], type), pa.array([1, 2, 3])]
+        cells = encode(columns, ["g", "h"])[1]
+        codes, found = subset(cells, [0])
+        assert values(found) == [whole, 5]
+        assert found.arrays[0].type == cells.arrays[0].type
+        assert codes.tolist() == [0, 1, 0]
+
+    def test_no_labels(self):
+        cells = encode([pa.array([], pa.string()), pa.array([], pa.int8())], ["g", "h"])[1]
+        codes, found = subset(cells, [1])
+        assert len(codes) == len(found) == 0

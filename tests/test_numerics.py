@@ -326,8 +326,8 @@ def test_random_columns_that_cannot_be_told_apart():
 
 def test_endog_must_be_a_vector():
     d = table()
-    with pytest.raises(DataError, match=r"endog.*\(60, 1\)"):
-        dmixed.MixedLM(d[["y"]].to_numpy(), columns(d, "1 x"), d.g)
+    with pytest.raises(DataError, match=r"endog.*\(60, 2\)"):
+        dmixed.MixedLM(d[["y", "x"]].to_numpy(), columns(d, "1 x"), d.g)
 
 
 def test_lengths_must_agree():

@@ -7,8 +7,16 @@ columns of the model; `matrix` evaluates those on any rows.
 
 from dmixed.design.batches import Batch, block
 from dmixed.design.matrices import ModelRows, matrix
-from dmixed.design.recoding import BarDesign, Design, FactorLevels, learn, merge_levels
-from dmixed.design.spec import DesignSpec, specify
+from dmixed.design.recoding import (
+    BarDesign,
+    Design,
+    FactorLevels,
+    TermDesign,
+    component_column,
+    learn,
+    merge_levels,
+)
+from dmixed.design.spec import DesignSpec, Key, RandomTerm, specify
 
 __all__ = [
     "BarDesign",
@@ -16,8 +24,12 @@ __all__ = [
     "Design",
     "DesignSpec",
     "FactorLevels",
+    "Key",
     "ModelRows",
+    "RandomTerm",
+    "TermDesign",
     "block",
+    "component_column",
     "learn",
     "matrix",
     "merge_levels",

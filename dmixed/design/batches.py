@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from dmixed import keys
 from dmixed.blocks import CONSTANT, RESPONSE, Codes, Column, DesignBlock, Floats, Level, Recipe
+from dmixed.design.coding import MAX_COLUMNS
 from dmixed.design.columns import Factor, Rows, check_levels, kind_of, not_finite
-from dmixed.design.recoding import MAX_COLUMNS, FactorLevels
-from dmixed.design.spec import Category, DesignSpec, Input, Need
+from dmixed.design.recoding import FactorLevels
+from dmixed.design.spans import Category
+from dmixed.design.spec import DesignSpec, Input, Need
 from dmixed.errors import DataError, MissingDataError
 from dmixed.formula.expressions import Name, columns_of
 from dmixed.formula.polynomials import shown_powers
@@ -32,7 +34,7 @@ class Batch:
     block
         numbers
     labels
-        labels of the block's groups
+        labels of the block's groups, which are cells: combinations of all keys
     dropped
         rows dropped, by reason
     levels
@@ -176,8 +178,12 @@ def _uncoded(codes: Codes) -> NDArray[np.bool_] | None:
 
 
 def _groups(spec: DesignSpec, rows: Rows, complete: _Complete) -> tuple[Codes, keys.Labels]:
-    """Codes and labels of the groups of all rows."""
-    columns = [rows.column(name) for name in spec.group]
+    """Codes and labels of the cells of all rows."""
+    for key in spec.keys:
+        if not isinstance(key.node, Name):  # an expression may hide that a column is missing
+            for name in columns_of(key.node):
+                complete.column(name)
+    columns = [rows.key(key.node) for key in spec.keys]
     codes, labels = keys.encode(columns, spec.group)
     if _uncoded(codes) is not None:
         for name, column in zip(spec.group, columns, strict=True):

@@ -137,16 +137,17 @@ class Rows:
             self._numbers[name] = _floats(column)
         return self._numbers[name]
 
+    def key(self, node: Node) -> pa.ChunkedArray:
+        """(n,) a column as it is, or the values of an expression as levels, null or NaN alike."""
+        if isinstance(node, Name):
+            return self.column(node.column)
+        return pa.chunked_array([_levels_array(node, self.evaluate(node))])
+
     def factor(self, node: Node) -> Factor:
         """Categories of a column, or of the values of an expression."""
         if node not in self._factors:
-            if isinstance(node, Name):
-                column, name = self.column(node.column), node.column
-            else:
-                column, name = (
-                    pa.chunked_array([_levels_array(node, self.evaluate(node))]),
-                    node.text,
-                )
+            name = node.column if isinstance(node, Name) else node.text
+            column = self.key(node)
             if kind_of(column.type) is None:
                 raise DataError(
                     f"column {name!r} has type {column.type}{self.place}: "

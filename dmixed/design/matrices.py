@@ -14,9 +14,10 @@ from dmixed import keys
 from dmixed.blocks import Codes, Floats, Level
 from dmixed.design.columns import Rows
 from dmixed.design.recoding import Design
-from dmixed.design.spec import Category, Input
+from dmixed.design.spans import Category
+from dmixed.design.spec import Input, Key
 from dmixed.errors import DataError
-from dmixed.formula.expressions import columns_of
+from dmixed.formula.expressions import Name, columns_of
 from dmixed.formula.polynomials import Monomial
 
 CHUNK = 65_536
@@ -34,13 +35,13 @@ class ModelRows:
     X
         (n, p); NaN where something that the terms use is missing
     Z
-        per bar (n, q_j), likewise; empty if not asked for
+        per random term (n, c), likewise; empty if not asked for
     offset
         (n,), zero without an offset, or if not asked for
     response
         (n,) the response, the offset not taken off, or None if it was not asked for
     codes, labels
-        (n,) group of each row in `labels`, -1 where the key is missing; None if not asked for
+        (n,) cell of each row in `labels`, -1 where a key is missing; None if not asked for
     complete
         (n,) whether nothing that was asked for is missing
     """
@@ -76,7 +77,7 @@ def matrix(
     response
         evaluate the response and require weights: `complete` then says which rows a fit uses
     groups
-        find the groups
+        find the cells, the combinations of all keys; all key columns are needed
     bars
         evaluate Z and the offset; without them only `Design.fixed_columns` are needed
 
@@ -112,7 +113,10 @@ def matrix(
         if spec.weights is not None:
             missing.rows |= ~np.isfinite(rows.number(spec.weights))
     if groups:
-        group, labels = keys.encode([rows.column(name) for name in spec.group], spec.group)
+        for key in spec.keys:
+            if not isinstance(key.node, Name):
+                missing.columns(key)
+        group, labels = keys.encode([rows.key(key.node) for key in spec.keys], spec.group)
         missing.rows |= group < 0
     return ModelRows(X, Z, offset, y, group, labels, ~missing.rows)
 
@@ -124,8 +128,8 @@ class _Missing:
         self.data = rows
         self.rows = np.zeros(len(rows), dtype=np.bool_)
 
-    def columns(self, item: Input) -> None:
-        """Data columns of an input; an expression may hide that they are missing."""
+    def columns(self, item: Input | Key) -> None:
+        """Data columns of an input or a key; an expression may hide that they are missing."""
         for name in columns_of(item.node):
             bad = self.data.missing(name)
             if bad is not None:
@@ -159,7 +163,7 @@ def _evaluate(
 
     F T is a sum over sets of categories and monomials u: u times the row of T of the row's cell.
     """
-    widths = [len(design.fixed_names), *(len(bar.names) for bar in design.bars)]
+    widths = [len(design.fixed_names), *(len(term.names) for term in design.terms)]
     if not bars:
         widths = widths[:1]
     tables = list(_tables(design, sum(widths)))
@@ -183,7 +187,7 @@ def _tables(
     design: Design, width: int
 ) -> Iterator[tuple[tuple[str, ...], Monomial, Floats, Locate]]:
     """Per set of categories and monomial: rows of T by cell, and how to find a row's cell."""
-    T = np.hstack([design.T_fixed, *(bar.T for bar in design.bars)])
+    T = np.hstack([design.T_fixed, *(term.T for term in design.terms)])
     T = np.vstack([T, design.T_unmet])[:, :width]
     entries: dict[tuple[tuple[str, ...], Monomial], dict[int, Floats]] = {}
     for column, row in zip((*design.columns, *design.unmet), T, strict=True):

@@ -9,31 +9,18 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from formulaic.transforms.contrasts import Contrasts, TreatmentContrasts
 
 from dmixed.blocks import CONSTANT, RESPONSE, Column, Floats, Level
+from dmixed.design.coding import Coder
 from dmixed.design.columns import check_levels
-from dmixed.design.spec import DesignSpec, Product
+from dmixed.design.spec import DesignSpec
 from dmixed.errors import DataError
-from dmixed.formula.expressions import Call, Node, columns_of
-from dmixed.formula.polynomials import (
-    ONE,
-    Expansion,
-    Polynomial,
-    check_size,
-    degree_of,
-    shown_powers,
-    times,
-)
-from dmixed.formula.terms import display
-from dmixed.formula.vocabulary import CONTRASTS
-
-MAX_COLUMNS = 2000
-
-Cells = dict[tuple[tuple[str, Level], ...], float]
+from dmixed.formula import Bar
+from dmixed.formula.expressions import columns_of
+from dmixed.formula.polynomials import ONE, Expansion, Polynomial, check_size, shown_powers
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +69,63 @@ def merge_levels(a: FactorLevels, b: FactorLevels) -> FactorLevels:
 
 @dataclass(frozen=True, slots=True)
 class BarDesign:
-    """Columns of one bar.
+    """One bar, or one variance component.
 
     Attributes
     ----------
     label
-        ``g``, then ``g.1``, ...
+        ``g``, then ``g.1``, ... for the bars of one factor; the name of a component
     text
-        the bar, ``(1 + x | g)``
+        the bar, ``(1 + x | g)``, or the component, ``cask: 0 + C(cask)``
     names
-        q_j names, as formulaic names columns
-    T
-        (k, q_j) with Z_j = F T; zero but for random carried columns
+        names of a bar's columns, as formulaic names them; none for a component
+    component
+        name of a variance component; None for a bar
     """
 
     label: str
     text: str
     names: tuple[str, ...]
+    component: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TermDesign:
+    """Random columns that one set of keys divides into levels.
+
+    Attributes
+    ----------
+    block
+        position of its bar in `Design.bars`
+    key, reduced
+        positions in `DesignSpec.keys`, see `RandomTerm`
+    names
+        c names without the categories of a component, as formulaic names columns
+    T
+        (k, c) with Z = F T; zero but for random carried columns
+    patterns
+        c names with fields for the levels of the keys: ``C(cask)[{1!s}]:x``
+    """
+
+    block: int
+    key: tuple[int, ...]
+    reduced: tuple[int, ...]
+    names: tuple[str, ...]
     T: Floats
+    patterns: tuple[str, ...]
+
+
+def component_column(term: TermDesign, levels: Sequence[object], j: int) -> str:
+    """Name of a column of a variance component: ``C(cask)[a]:x``.
+
+    Parameters
+    ----------
+    levels
+        levels of the term's keys, in the order of `TermDesign.key`
+    j
+        which of the term's columns
+    """
+    return term.patterns[j].format(*levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +140,8 @@ class Design:
         levels of each factor in their order
     columns
         k labels of the carried columns, in the order of the rows of T
-    fixed_names
-        p names, as formulaic names columns
+    fixed_names, fixed_terms
+        p names, as formulaic names columns, and the term each comes from
     T_fixed
         (k, p) with X = F T_fixed
     t_response
@@ -123,19 +149,24 @@ class Design:
     fixed_degree
         (p,) total degree of each column in the variables: 0 for the intercept and contrasts
     bars
-        one per bar
+        one per bar or variance component
+    terms
+        random columns, in the order of `DesignSpec.terms`
     unmet, T_unmet
-        m cells without any row in the fit, and their rows (m, p + sum q_j) of T: for prediction
+        m cells without any row in the fit, and their rows (m, p + sum c) of T, c over the terms:
+        for prediction
     """
 
     spec: DesignSpec
     levels: Mapping[str, tuple[Level, ...]]
     columns: tuple[Column, ...]
     fixed_names: tuple[str, ...]
+    fixed_terms: tuple[str, ...]
     T_fixed: Floats
     t_response: Floats
     fixed_degree: tuple[int, ...]
     bars: tuple[BarDesign, ...]
+    terms: tuple[TermDesign, ...]
     unmet: tuple[Column, ...]
     T_unmet: Floats
 
@@ -148,11 +179,11 @@ class Design:
     def __post_init__(self) -> None:
         k, p = len(self.columns), len(self.fixed_names)
         assert self.T_fixed.shape == (k, p)
-        assert len(self.fixed_degree) == p
+        assert len(self.fixed_degree) == len(self.fixed_terms) == p
         assert self.t_response.shape == (k,)
-        assert all(bar.T.shape == (k, len(bar.names)) for bar in self.bars)
+        assert all(term.T.shape == (k, len(term.names)) for term in self.terms)
         assert all(column.cell for column in self.unmet)
-        assert self.T_unmet.shape == (len(self.unmet), p + sum(len(b.names) for b in self.bars))
+        assert self.T_unmet.shape == (len(self.unmet), p + sum(len(t.names) for t in self.terms))
 
 
 def learn(
@@ -188,42 +219,60 @@ def learn(
     ordered = {name: found.ordered(name) for name, found in levels.items()}
     for name, found in ordered.items():
         check_levels(name, len(found))
-    coder = _Coder(spec, ordered, Expansion(_Moments(spec, columns, FtF, nobs)))
+    coder = Coder(spec, ordered, Expansion(_Moments(spec, columns, FtF, nobs)))
     fixed = coder.code(spec.fixed)
-    bars = [coder.code(products) for products in spec.bars]
+    random = [coder.code(term.products) for term in spec.terms]
     _check_names(fixed.names, "the fixed part")
-    for bar, coded in zip(spec.formula.bars, bars, strict=True):
-        _check_names(coded.names, bar.text)
+    for term, coded in zip(spec.terms, random, strict=True):
+        _check_names(coded.names, spec.formula.bars[term.block].text)
     position = {column: i for i, column in enumerate(columns)}
     k = len(columns)
-    for coded in (fixed, *bars):
+    for coded in (fixed, *random):
         for column in itertools.chain.from_iterable(coded.entries):
             position.setdefault(column, len(position))
-    T = [coded.matrix(position) for coded in (fixed, *bars)]
-    shift, scale = spec.frame.of(RESPONSE)
-    t_response = np.zeros(k)
-    t_response[position[CONSTANT]] = shift
-    t_response[position[Column((), ((RESPONSE, 1),))]] = scale
+    T = [coded.matrix(position) for coded in (fixed, *random)]
+    terms = tuple(
+        TermDesign(
+            *(term.block, term.key, term.reduced, tuple(coded.names), t[:k]), coder.patterns(term)
+        )
+        for term, coded, t in zip(spec.terms, random, T[1:], strict=True)
+    )
     return Design(
         spec,
         ordered,
         tuple(columns),
         tuple(fixed.names),
+        tuple(fixed.terms),
         T[0][:k],
-        t_response,
+        _response(spec, position)[:k],
         tuple(fixed.degrees),
-        tuple(
-            BarDesign(_label(spec.group, i), bar.text, tuple(coded.names), t[:k])
-            for i, (bar, coded, t) in enumerate(zip(spec.formula.bars, bars, T[1:], strict=True))
-        ),
+        _bars(spec.formula.bars, terms),
+        terms,
         tuple(position)[k:],
         np.hstack(T)[k:],
     )
 
 
-def _label(group: Sequence[str], bar: int) -> str:
-    """Name of a bar among several of one factor, as lme4's VarCorr: g, g.1, ..."""
-    return ":".join(group) + (f".{bar}" if bar else "")
+def _response(spec: DesignSpec, position: Mapping[Column, int]) -> Floats:
+    """Coefficients of the response."""
+    t = np.zeros(len(position))
+    t[position[CONSTANT]], t[position[Column((), ((RESPONSE, 1),))]] = spec.frame.of(RESPONSE)
+    return t
+
+
+def _bars(bars: Sequence[Bar], terms: Sequence[TermDesign]) -> tuple[BarDesign, ...]:
+    """Bars and components with labels as lme4's VarCorr: g, g.1, ... for the bars of a factor."""
+    names = {term.block: term.names for term in terms}
+    met: Counter[tuple[str, ...]] = Counter()
+    designs = []
+    for block, bar in enumerate(bars):
+        if bar.component is not None:
+            designs.append(BarDesign(bar.component, bar.text, (), bar.component))
+            continue
+        label = ":".join(bar.group) + (f".{met[bar.group]}" if met[bar.group] else "")
+        designs.append(BarDesign(label, bar.text, names[block], None))
+        met[bar.group] += 1
+    return tuple(designs)
 
 
 def _check_sums(columns: Sequence[Column], FtF: Floats) -> None:
@@ -267,157 +316,3 @@ class _Moments:
                 names = ":".join(dict.fromkeys(v for m in polynomial for v, _ in m))
                 check_size(names, {ONE: float(square)})
         return sums, self.n
-
-
-@dataclass
-class _Coded:
-    """Columns being built: name, degree, and value for each carried column."""
-
-    names: list[str] = field(default_factory=list)
-    degrees: list[int] = field(default_factory=list)
-    entries: list[dict[Column, float]] = field(default_factory=list)
-
-    def matrix(self, position: Mapping[Column, int]) -> Floats:
-        T = np.zeros((len(position), len(self.names)))
-        for j, entries in enumerate(self.entries):
-            for column, value in entries.items():
-                T[position[column], j] = value
-        return T
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One column of one factor: a weight per level, or a polynomial."""
-
-    name: str
-    cells: Cells
-    polynomial: Polynomial
-
-
-class _Coder:
-    """Codes terms: names, and coefficients of the carried columns."""
-
-    def __init__(
-        self, spec: DesignSpec, levels: Mapping[str, tuple[Level, ...]], expansion: Expansion
-    ) -> None:
-        self.spec = spec
-        self.levels = levels
-        self.expansion = expansion
-        self.pieces: dict[tuple[Node, bool], list[_Piece]] = {}
-
-    def code(self, products: Sequence[Product]) -> _Coded:
-        """Columns of products of factors, in formulaic's order."""
-        coded = _Coded()
-        for scoped in products:
-            axes = [self._axis(factor, reduced) for factor, reduced in scoped]
-            count = len(coded.names) + int(np.prod([len(a) for a in axes]))
-            if count > MAX_COLUMNS:
-                text = ":".join(display(factor) for factor, _ in scoped)
-                raise DataError(
-                    f"the term {text} makes the design more than {MAX_COLUMNS} columns wide; "
-                    "factors with many levels belong to the groups, right of a bar"
-                )
-            for product in itertools.product(*reversed(axes)):  # the first factor runs fastest
-                _add(coded, product[::-1], scoped)
-        return coded
-
-    def _axis(self, factor: Node, reduced: bool) -> list[_Piece]:
-        """Columns of one factor."""
-        key = (factor, reduced)
-        if key not in self.pieces:
-            category = self.spec.category_of(factor)
-            if category is not None:
-                self.pieces[key] = _contrasts(factor, category.name, self.levels, reduced)
-            else:
-                columns = self.expansion.columns(factor)[1 if reduced else 0 :]
-                self.pieces[key] = [
-                    _Piece(display(factor) + suffix, {(): 1.0}, polynomial)
-                    for suffix, polynomial in columns
-                ]
-        return self.pieces[key]
-
-
-def _add(coded: _Coded, pieces: Sequence[_Piece], scoped: Product) -> None:
-    """Add the column that is the product of some pieces."""
-    cells: Cells = {(): 1.0}
-    polynomial: Polynomial = {ONE: 1.0}
-    for piece, (factor, _) in zip(pieces, scoped, strict=True):
-        cells = _cross(cells, piece.cells)
-        polynomial = times(polynomial, piece.polynomial, factor)
-    name = ":".join(p.name for p in pieces) or "Intercept"
-    check_size(name, polynomial)
-    coded.names.append(name)
-    coded.degrees.append(degree_of(polynomial))
-    coded.entries.append(
-        {
-            Column(cell, monomial): weight * value
-            for cell, weight in cells.items()
-            for monomial, value in polynomial.items()
-        }
-    )
-
-
-def _cross(a: Cells, b: Cells) -> Cells:
-    """Cells of both; a row is in at most one level of a factor."""
-    crossed: Cells = {}
-    for (first, x), (second, y) in itertools.product(a.items(), b.items()):
-        levels = dict(first)
-        if all(levels.setdefault(name, level) == level for name, level in second):
-            cell = tuple(sorted(levels.items()))
-            crossed[cell] = crossed.get(cell, 0.0) + x * y
-    return crossed
-
-
-def _contrasts(
-    factor: Node, name: str, levels: Mapping[str, tuple[Level, ...]], reduced: bool
-) -> list[_Piece]:
-    """Columns of a factor with levels, coded as formulaic codes it."""
-    met = _declared(factor, name, levels[name])
-    if len(met) <= reduced:
-        return []
-    contrasts = _contrasts_of(factor)
-    try:
-        coding = np.asarray(contrasts.get_coding_matrix(met, reduced_rank=reduced), dtype=float)
-        fields = contrasts.get_coding_column_names(met, reduced_rank=reduced)
-    except ValueError as error:
-        raise DataError(f"{display(factor)}: {error} (levels: {_some(met)})") from None
-    form = contrasts.get_factor_format(met, reduced_rank=reduced)
-    return [
-        _Piece(
-            form.format(name=display(factor), field=label),
-            {((name, level),): float(w) for level, w in zip(met, weights, strict=True) if w},
-            {ONE: 1.0},
-        )
-        for label, weights in zip(fields, coding.T, strict=True)
-    ]
-
-
-def _declared(factor: Node, name: str, met: tuple[Level, ...]) -> list[Level]:
-    """Levels met, in the order of ``levels=`` if it is given."""
-    wanted = factor.value("levels") if isinstance(factor, Call) else None
-    if wanted is None:
-        return list(met)
-    assert isinstance(wanted, tuple)  # checked when the call was read
-    for level in met:
-        if level not in wanted:
-            raise DataError(f"{name!r} has the level {level!r}, which {display(factor)} leaves out")
-    return [level for level in wanted if level in met]
-
-
-def _contrasts_of(factor: Node) -> Contrasts:
-    """Formulaic's contrasts of a factor; treatment contrasts unless ``C()`` names others."""
-    given = factor.option("contrasts") if isinstance(factor, Call) else None
-    if given is None:
-        return TreatmentContrasts()
-    assert isinstance(given, Call)  # checked when the call was read
-    kind, _ = CONTRASTS[given.function]
-    options = {key: given.value(key) for key, _ in given.options}
-    if "reference" in options:
-        options["base"] = options.pop("reference")
-    return kind(**options)
-
-
-def _some(levels: Sequence[Level]) -> str:
-    """Levels for a message."""
-    shown = ", ".join(repr(x) for x in levels[:8])
-    return f"{shown}, ..." if len(levels) > 8 else shown

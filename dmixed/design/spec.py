@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-from formulaic import Formula
 
 from dmixed.blocks import RESPONSE, Floats, Frame
 from dmixed.design.columns import Context, Rows, kind_of
-from dmixed.errors import DataError
+from dmixed.design.pilot import frame_of
+from dmixed.design.spans import Category, Product, category_of, span
+from dmixed.errors import DataError, NotSupportedError
+from dmixed.formula import Bar, ParsedFormula
 from dmixed.formula.expressions import Call, Name, Node, columns_of
-from dmixed.formula.parsing import ParsedFormula, categorical
 from dmixed.formula.polynomials import (
     ONE,
     Expansion,
@@ -24,24 +23,9 @@ from dmixed.formula.polynomials import (
     Polynomial,
     Unknown,
     Variable,
-    check_size,
     plus,
     times,
 )
-from dmixed.formula.terms import Term
-from dmixed.formula.tokens import quoted
-
-Product: TypeAlias = tuple[tuple[Node, bool], ...]
-"""Factors, each with all its columns or (True) reduced by one, as by contrasts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """A set of levels that rows fall in: a column, or an expression under ``C()``."""
-
-    name: str
-    node: Node
-
 
 Input: TypeAlias = Variable | Category
 
@@ -66,6 +50,48 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
+class Key:
+    """One key column of the cells, the combinations of all keys that the rows have.
+
+    Attributes
+    ----------
+    name
+        of the column, or the text of an expression
+    node
+        the column, or an expression under ``C()`` whose values are the levels
+    """
+
+    name: str
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class RandomTerm:
+    """Random columns that one set of keys divides into levels.
+
+    Attributes
+    ----------
+    block
+        position of its bar in ``formula.bars``
+    key
+        positions in `DesignSpec.keys`
+    products
+        numeric factors of the columns (in a bar, all factors); no factor is the constant
+    reduced
+        in a variance component, positions in `DesignSpec.keys` of categories coded by contrasts:
+        within each group, their first level met has no columns
+    written
+        the products with their categories
+    """
+
+    block: int
+    key: tuple[int, ...]
+    products: tuple[Product, ...]
+    reduced: tuple[int, ...]
+    written: tuple[Product, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DesignSpec:
     """Everything a worker needs to turn a batch of rows into a block; small and picklable.
 
@@ -84,8 +110,10 @@ class DesignSpec:
         those of the fixed terms
     fixed
         products of factors that span the fixed terms
-    bars
-        likewise for each bar
+    keys
+        key columns of the cells, those of the model's groups first
+    terms
+        random columns: one term per bar, one or more per variance component
     needs
         carried columns
     weights, offset
@@ -104,7 +132,8 @@ class DesignSpec:
     inputs: tuple[Input, ...]
     fixed_inputs: tuple[Input, ...]
     fixed: tuple[Product, ...]
-    bars: tuple[tuple[Product, ...], ...]
+    keys: tuple[Key, ...]
+    terms: tuple[RandomTerm, ...]
     needs: tuple[Need, ...]
     weights: str | None
     offset: str | None
@@ -114,8 +143,8 @@ class DesignSpec:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """Key columns of the grouping factor."""
-        return self.formula.group
+        """Names of the keys."""
+        return tuple(key.name for key in self.keys)
 
     @property
     def variables(self) -> tuple[Variable, ...]:
@@ -127,10 +156,6 @@ class DesignSpec:
         """Categorical inputs."""
         return tuple(x for x in self.inputs if isinstance(x, Category))
 
-    def category_of(self, factor: Node) -> Category | None:
-        """The category that a factor codes; None for a numeric factor."""
-        return _category(factor, self.text_columns)
-
     def compatible(self, other: DesignSpec) -> bool:
         """Whether moments made by both specs may be added."""
         return _key(self) == _key(other)
@@ -139,8 +164,8 @@ class DesignSpec:
 def _key(spec: DesignSpec) -> tuple[object, ...]:
     """What decides the meaning of the carried columns."""
     return (  # not the frame: shifts and scales may differ, moments are moved to one of them
-        *(spec.inputs, spec.fixed, spec.bars, spec.needs),
-        *(spec.group, spec.weights, spec.offset),
+        *(spec.inputs, spec.fixed, spec.keys, spec.terms, spec.needs),
+        *(spec.weights, spec.offset),
     )
 
 
@@ -174,19 +199,17 @@ def specify(
     DataError
         a column is not there, or its type cannot be used where the formula has it
     """
-    if missing not in ("drop", "raise", "none"):
-        raise DataError(f'missing must be "drop", "raise" or "none", not {missing!r}')
-    if context is not None and not (
-        isinstance(context, Mapping) and all(callable(f) for f in context.values())
-    ):
-        raise DataError("context must map names to functions, as {'f': f}")
+    _check_options(missing, context)
     formula = formula.resolved(pilot.column_names)
     rows = Rows(pilot, context or {})
     text = frozenset(x for x in formula.columns if kind_of(rows.column(x).type) == "category")
     fixed = span(formula.fixed, text)
-    bars = tuple(span(bar.terms, text) for bar in formula.bars)
-    inputs, fixed_inputs, needs = _plan(formula, text, fixed, bars)
+    keys, terms = _random(formula.bars, text)
+    inputs, fixed_inputs, needs = _plan(formula, text, fixed, terms)
     values = {x.name: _pilot_values(rows, x) for x in inputs}
+    for key in keys:
+        if not isinstance(key.node, Name):
+            rows.key(key.node)
     for name in (weights, offset):
         if name is not None:
             rows.number(name)
@@ -194,7 +217,7 @@ def specify(
         with np.errstate(over="ignore"):  # such rows are refused, or are not used
             values[RESPONSE] = values[RESPONSE] - rows.number(offset)
     numeric = {x.name: values[x.name] for x in inputs if isinstance(x, Variable)}
-    frame = _frame(numeric, formula.response_text)
+    frame = frame_of(numeric, formula.response_text)
     extra = [x for x in (weights, offset) if x is not None]
     return DesignSpec(
         formula,
@@ -203,7 +226,8 @@ def specify(
         inputs,
         fixed_inputs,
         fixed,
-        bars,
+        keys,
+        terms,
         needs,
         weights,
         offset,
@@ -213,58 +237,72 @@ def specify(
     )
 
 
-def _category(factor: Node, text_columns: frozenset[str]) -> Category | None:
-    data = categorical(factor)
-    if data is None:
-        if not (isinstance(factor, Name) and factor.column in text_columns):
-            return None
-        data = factor
-    if isinstance(data, Name):
-        return Category(quoted(data.column), Name(data.column, data.column))
-    return Category(data.text, data)
+def _check_options(missing: str, context: Context | None) -> None:
+    if missing not in ("drop", "raise", "none"):
+        raise DataError(f'missing must be "drop", "raise" or "none", not {missing!r}')
+    if context is not None and not (
+        isinstance(context, Mapping) and all(callable(f) for f in context.values())
+    ):
+        raise DataError("context must map names to functions, as {'f': f}")
 
 
-def span(terms: Sequence[Term], text_columns: frozenset[str]) -> tuple[Product, ...]:
-    """Products of factors that span some terms without redundance.
+def _random(
+    bars: Sequence[Bar], text_columns: frozenset[str]
+) -> tuple[tuple[Key, ...], tuple[RandomTerm, ...]]:
+    """Keys and random terms of a formula."""
+    keys: dict[Key, int] = {}
+    terms: list[RandomTerm] = []
+    for block, bar in enumerate(bars):
+        group = tuple(keys.setdefault(Key(x, Name(x, x)), len(keys)) for x in bar.group)
+        by_key: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Product, Product]]] = {}
+        for written in span(bar.terms, text_columns):
+            numeric: list[tuple[Node, bool]] = []
+            levels: dict[int, bool] = {}  # positions of categories, and whether they are reduced
+            for factor, reduced in written:
+                category = category_of(factor, text_columns) if bar.component else None
+                if category is None:
+                    numeric.append((factor, reduced))
+                    continue
+                _check_coding(bar, factor, category, reduced)
+                at = keys.setdefault(key_of(category), len(keys))
+                levels[at] = levels.get(at, False) or reduced
+            key = (*group, *sorted(levels.keys() - set(group)))
+            reduced_at = tuple(at for at in key if levels.get(at))
+            by_key.setdefault((key, reduced_at), []).append((tuple(numeric), written))
+        for (key, reduced_at), found in by_key.items():
+            products, full = zip(*found, strict=True)
+            terms.append(RandomTerm(block, key, products, reduced_at, full))
+    return tuple(keys), tuple(terms)
 
-    Which factors are coded by contrasts and which by all their levels is formulaic's decision,
-    taken here on placeholders.
-    """
-    if not terms:
-        return ()
-    factors = list(dict.fromkeys(f for term in terms for f in term.factors))
-    names = {factor: f"f{i}" for i, factor in enumerate(factors)}
-    frame = {
-        names[f]: pd.Categorical(["a", "b"]) if _spans(f, text_columns) else [1.0, 2.0]
-        for f in factors
-    }
-    written = ["0"] if all(term.factors for term in terms) else []
-    written += [":".join(names[f] for f in term.factors) or "1" for term in terms]
-    matrix = Formula(" + ".join(written), _ordering="none").get_model_matrix(
-        pd.DataFrame(frame, index=range(2))
-    )
-    by_name = {name: factor for factor, name in names.items()}
-    return tuple(
-        tuple((by_name[f.factor.expr], f.reduced) for f in scoped.factors)
-        for entry in matrix.model_spec.structure
-        for scoped in entry.scoped_terms
-    )
+
+def key_of(category: Category) -> Key:
+    """Key whose levels are those of a category."""
+    node = category.node
+    return Key(node.column if isinstance(node, Name) else category.name, node)
 
 
-def _spans(factor: Node, text_columns: frozenset[str]) -> bool:
-    """Whether the columns of a factor add up to the intercept."""
-    if _category(factor, text_columns) is not None:
-        return True
-    if isinstance(factor, Call) and factor.function == "bs":
-        return bool(factor.value("include_intercept"))
-    return False
+def _check_coding(bar: Bar, factor: Node, category: Category, reduced: bool) -> None:
+    """Refuse a category that a component cannot code level by level."""
+    given = factor.option("contrasts") if isinstance(factor, Call) else None
+    treatment = isinstance(given, Call) and given.function in ("contr.treatment", "Treatment")
+    where = f"the variance component {bar.component!r}: {factor.text}"
+    if isinstance(factor, Call) and factor.option("levels") is not None:
+        raise NotSupportedError(
+            f"{where}: levels= has no meaning there, every level that is met counts; leave it out"
+        )
+    if isinstance(given, Call) and (not treatment or (reduced and given.options)):
+        raise NotSupportedError(
+            f"{where}: contrasts other than treatment contrasts, whose base is the first level of "
+            f"each group, are not supported there; write 0 + C({category.name}), which has a "
+            "column for each level"
+        )
 
 
 def _plan(
     formula: ParsedFormula,
     text_columns: frozenset[str],
     fixed: Sequence[Product],
-    bars: Sequence[Sequence[Product]],
+    terms: Sequence[RandomTerm],
 ) -> tuple[tuple[Input, ...], tuple[Input, ...], tuple[Need, ...]]:
     """Inputs, those of the fixed terms, and carried columns of a formula."""
     expansion = Expansion(Unknown())
@@ -272,12 +310,12 @@ def _plan(
     needs: dict[tuple[str, ...], dict[Monomial, bool]] = {(): {ONE: True}}
     products = [(product, False) for product in fixed]
     fixed_inputs: tuple[Input, ...] = ()
-    products += [(product, True) for bar in bars for product in bar]
+    products += [(product, True) for term in terms for product in term.products]
     for i, (product, random) in enumerate(products):
         carried: Polynomial = {ONE: 1.0}
         cells: set[str] = set()
         for factor, _ in product:
-            category = _category(factor, text_columns)
+            category = category_of(factor, text_columns)
             if category is not None:
                 inputs.setdefault(category)
                 cells.add(category.name)
@@ -314,39 +352,3 @@ def _pilot_values(rows: Rows, item: Input) -> Floats:
                 )
         return np.empty(0)
     return rows.variable(item)
-
-
-def _frame(values: Mapping[str, Floats], response: str) -> Frame:
-    """Shifts and scales from the rows in which every variable is finite, if there are any."""
-    complete = np.logical_and.reduce([np.isfinite(v) for v in values.values()])
-    frame = {}
-    for name, of_name in values.items():
-        used = of_name[complete if complete.any() else np.isfinite(of_name)]
-        frame[name] = _shift_and_scale(response if name == RESPONSE else name, used)
-    return Frame(
-        tuple(frame),
-        tuple(shift for shift, _ in frame.values()),
-        tuple(scale for _, scale in frame.values()),
-    )
-
-
-def _shift_and_scale(name: str, values: Floats) -> tuple[float, float]:
-    """A power of two near the standard deviation, and a short number near the mean.
-
-    Any finite shift and positive scale give the same fit but for rounding. A scale that is a power
-    of two, and a shift that is a multiple of 1/16 of it, keep x - shift exact for most data.
-    """
-    if not values.any():
-        return 0.0, 1.0
-    unit = int(np.frexp(np.abs(values).max())[1])
-    near = np.ldexp(values, -unit)  # exact, at most 1: no sum of squares overflows
-    mean, sd = float(near.mean()), float(near.std())
-    if sd <= 1e-14 * abs(mean):
-        shift, exponent = float(near[0]), round(math.log2(abs(mean)))
-    else:
-        exponent = round(math.log2(sd))
-        shift = math.ldexp(round(math.ldexp(mean, 4 - exponent)), exponent - 4)
-    check_size(name, {ONE: math.ldexp(1.0, min(max(unit + exponent, -1000), 1000))})
-    shift, scale = math.ldexp(shift, unit), math.ldexp(1.0, unit + exponent)
-    check_size(name, {ONE: max(abs(shift), scale)})
-    return shift, scale

@@ -1,39 +1,29 @@
 """Formulas: response, fixed terms and lme4's bars, from text, without data.
 
-``y ~ x + f + (1 + x | g)`` is cut at ``~`` and at the bars; `terms` reads the pieces.
+``y ~ x + f + (1 + x | g)`` is cut at ``~`` and at the bars; `bars` and `terms` read the pieces.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from dmixed.errors import DataError, FormulaError, NotSupportedError
+from dmixed.errors import DataError, FormulaError
+from dmixed.formula.bars import (
+    Bar,
+    bar_of,
+    inside_bar,
+    one_sided,
+    read_bar,
+    read_components,
+    signed_pieces,
+)
 from dmixed.formula.expressions import Call, Name, Node, columns_of
 from dmixed.formula.polynomials import Expansion, Unknown, with_pi
 from dmixed.formula.terms import Term, display, read_factor, read_terms
-from dmixed.formula.tokens import Token, depths, quoted, shown, spelled, tokenize
+from dmixed.formula.tokens import Token, check_parentheses, shown, spelled, tokenize, type_name
 from dmixed.formula.vocabulary import STRUCTURED
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """Random coefficients that vary together: ``(1 + x | g)``.
-
-    Attributes
-    ----------
-    terms
-        what varies
-    group
-        key columns; several make an interaction key
-    text
-        as one would write it
-    """
-
-    terms: tuple[Term, ...]
-    group: tuple[str, ...]
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +39,9 @@ class ParsedFormula:
     fixed
         terms in formulaic's order: by number of factors, then as written
     bars
-        random coefficients, all of one grouping factor
+        random coefficients of any grouping factors; bars of one factor have the same `Bar.group`
     columns
-        data columns used, in order, without ``pi`` where it may be the number
+        data columns used, those of keys too, in order, without ``pi`` where it may be the number
     """
 
     text: str
@@ -61,8 +51,8 @@ class ParsedFormula:
     columns: tuple[str, ...]
 
     @property
-    def group(self) -> tuple[str, ...]:
-        """Key columns of the grouping factor."""
+    def groups(self) -> tuple[str, ...]:
+        """Key columns of the model's groups, in statsmodels' words: of the first bar."""
         return self.bars[0].group
 
     @property
@@ -81,11 +71,10 @@ class ParsedFormula:
         known = set(available)
         terms = tuple(_resolved(t, known) for t in self.fixed)
         bars = tuple(
-            Bar(tuple(_resolved(t, known) for t in bar.terms), bar.group, bar.text)
-            for bar in self.bars
+            replace(bar, terms=tuple(_resolved(t, known) for t in bar.terms)) for bar in self.bars
         )
         response = _with_pi(self.response, known)
-        columns = _columns(response, (*terms, *(t for b in bars for t in b.terms)), self.group)
+        columns = _columns(response, (*terms, *(t for b in bars for t in b.terms)), bars)
         for name in columns:
             if name not in known:
                 near = difflib.get_close_matches(name, [str(x) for x in available], n=1)
@@ -126,14 +115,14 @@ def parse(text: str, context: Collection[str] = ()) -> ParsedFormula:
     left, right = _sides(text, context)
     fixed: list[Token] = []
     bars: list[Bar] = []
-    for sign, piece in _pieces(right):
-        inside = _bar(piece)
+    for sign, piece in signed_pieces(right):
+        inside = inside_bar(piece)
         if inside is None:
             fixed += [sign, *piece] if fixed or sign.text == "-" else piece
         elif sign.text == "-":
             raise FormulaError(f"{shown(spelled(piece))} cannot be subtracted; leave it out")
         else:
-            bars += _read_bar(inside, context)
+            bars += read_bar(inside, context)
     if not bars:
         raise FormulaError(
             f"the formula {shown(text)} has no random effect; add one for the column that names "
@@ -143,7 +132,11 @@ def parse(text: str, context: Collection[str] = ()) -> ParsedFormula:
 
 
 def parse_parts(
-    fixed: str, groups: str | Sequence[str], re_formula: str | None, context: Collection[str] = ()
+    fixed: str,
+    groups: str | Sequence[str],
+    re_formula: str | None,
+    context: Collection[str] = (),
+    vc_formula: Mapping[str, str] | None = None,
 ) -> ParsedFormula:
     """Read a model in statsmodels' words.
 
@@ -154,9 +147,18 @@ def parse_parts(
     groups
         column, or columns, that name the groups
     re_formula
-        terms of the random coefficients, ``~x`` or ``x``; None is the intercept alone
+        terms of the random coefficients, ``~x`` or ``x``; None is the intercept alone, or nothing
+        beside variance components
     context
         names of the caller's own row-wise functions
+    vc_formula
+        terms of each variance component by its name, ``{"cask": "0 + C(cask)"}``
+
+    Examples
+    --------
+    >>> formula = parse_parts("y ~ x", "g", None, vc_formula={"cask": "~0 + C(cask)"})
+    >>> formula.groups, [bar.text for bar in formula.bars]
+    (('g',), ['cask: 0 + C(cask)'])
     """
     left, right = _sides(fixed, context)
     if any(t.among("|", "||") for t in right):
@@ -167,24 +169,23 @@ def parse_parts(
     if not isinstance(group, (list, tuple)) or not all(isinstance(x, str) for x in group):
         raise FormulaError(
             "groups must be the name of a column, or a list of names of columns, not "
-            f"{_kind(groups)}"
+            f"{type_name(groups)}"
         )
-    group = tuple(group)
+    group = tuple(dict.fromkeys(group))
     if not group:
         raise FormulaError("groups must name at least one column")
-    if re_formula is not None and not isinstance(re_formula, str):
+    bars = []
+    if re_formula is not None or not vc_formula:
+        terms = one_sided("1" if re_formula is None else re_formula, "re_formula", "~x", context)
+        bars.append(bar_of(terms, group))
+    if vc_formula is not None:
+        bars += read_components(vc_formula, group, context)
+    if len({bar.component or ":".join(group) for bar in bars}) < len(bars):
         raise FormulaError(
-            f"re_formula must be text such as '~x', or None, not {_kind(re_formula)}"
+            f"vc_formula: a component is called {':'.join(group)!r}, as the groups are, which have "
+            "random coefficients of their own; give it another name"
         )
-    inside = tokenize("1" if re_formula is None else re_formula)
-    if inside and inside[0].among("~"):
-        inside = inside[1:]
-    _check_parentheses(inside, re_formula or "")
-    terms = read_terms(inside, context)
-    if not terms:
-        raise FormulaError(f"re_formula={re_formula!r} has no terms")
-    bar = Bar(terms, group, _bar_text(terms, group))
-    return _parsed(fixed, left, right, [bar], context)
+    return _parsed(fixed, left, right, bars, context)
 
 
 def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token]]:
@@ -193,7 +194,7 @@ def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token
         raise FormulaError(f"a formula is text, not {type(text).__name__}")
     if isinstance(context, str) or not isinstance(context, Collection):
         raise FormulaError(
-            f"context must map names to functions, as {{'f': f}}, not {_kind(context)}"
+            f"context must map names to functions, as {{'f': f}}, not {type_name(context)}"
         )
     for name in context:
         if name in STRUCTURED or not str(name).isidentifier():
@@ -205,23 +206,9 @@ def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token
     if cuts[0] == 0:
         raise FormulaError(f"the formula {shown(text)} has no response left of '~'")
     left, right = tokens[: cuts[0]], tokens[cuts[0] + 1 :]
-    _check_parentheses(left, text)
-    _check_parentheses(right, text)
+    check_parentheses(left, text)
+    check_parentheses(right, text)
     return left, right
-
-
-def _kind(given: object) -> str:
-    """Type of an argument, for a message; of a list, the types of what it holds."""
-    kind = type(given).__name__
-    if not isinstance(given, (list, tuple)):
-        return kind
-    return f"{kind} of {', '.join(sorted({type(x).__name__ for x in given}))}"
-
-
-def _check_parentheses(tokens: Sequence[Token], text: str) -> None:
-    levels = list(depths(tokens))
-    if levels and (min(levels) < 0 or levels[-1] != 0):
-        raise FormulaError(f"the parentheses of {shown(text)} do not match")
 
 
 def _parsed(
@@ -234,22 +221,31 @@ def _parsed(
     """Assemble and check a formula whose bars are read."""
     response = read_factor(left, context)
     terms = read_terms(fixed, context)
-    group = bars[0].group
-    for i, bar in enumerate(bars):
-        if set(bar.group) != set(group):
-            raise NotSupportedError(
-                f"{shown(text)}: the bars have different grouping factors, {':'.join(group)} and "
-                f"{':'.join(bar.group)}; one grouping factor is supported so far"
-            )
-        bars[i] = bar = Bar(bar.terms, group, bar.text)
-        if bar.terms in [b.terms for b in bars[:i]]:
-            raise FormulaError(f"{shown(text)}: {bar.text} is there twice")
+    bars = _distinct(bars, text)
     everything = (*terms, *(t for b in bars for t in b.terms))
     _check(response, everything)
     # Without what is only `pi`, which need not be a column.
     resolved = [_resolved(term, ()) for term in everything]
-    columns = _columns(_with_pi(response, ()), resolved, group)
+    columns = _columns(_with_pi(response, ()), resolved, bars)
     return ParsedFormula(text, response, terms, tuple(bars), columns)
+
+
+def _distinct(bars: Sequence[Bar], text: str) -> list[Bar]:
+    """Bars with one key per grouping factor, the first spelling; each may be there once."""
+    spelling: dict[frozenset[str], tuple[str, ...]] = {}
+    met: dict[tuple[object, ...], Bar] = {}
+    for bar in bars:
+        bar = replace(bar, group=spelling.setdefault(frozenset(bar.group), bar.group))
+        twin = met.setdefault((bar.terms, bar.group, bar.component is None), bar)
+        if twin is bar:
+            continue
+        if bar.component is None:
+            raise FormulaError(f"{shown(text)}: {bar.text} is there twice")
+        raise FormulaError(
+            f"vc_formula: {twin.component!r} and {bar.component!r} are the same component; "
+            "leave one out"
+        )
+    return list(met.values())
 
 
 def _check(response: Node, terms: Sequence[Term]) -> None:
@@ -285,11 +281,11 @@ def _resolved(term: Term, available: Collection[str]) -> Term:
     return Term(tuple(_with_pi(factor, available) for factor in term.factors))
 
 
-def _columns(response: Node, terms: Iterable[Term], group: Sequence[str]) -> tuple[str, ...]:
+def _columns(response: Node, terms: Iterable[Term], bars: Iterable[Bar]) -> tuple[str, ...]:
     """Data columns in the order in which a formula uses them."""
     used = [response, *(factor for term in terms for factor in term.factors)]
     names = [name for node in used for name in columns_of(node)]
-    return tuple(dict.fromkeys([*names, *group]))
+    return tuple(dict.fromkeys([*names, *(name for bar in bars for name in bar.group)]))
 
 
 def categorical(factor: Node) -> Node | None:
@@ -297,81 +293,3 @@ def categorical(factor: Node) -> Node | None:
     if isinstance(factor, Call) and factor.function == "C":
         return factor.option("data")
     return None
-
-
-def _pieces(tokens: list[Token]) -> Iterator[tuple[Token, list[Token]]]:
-    """Signed pieces between the outermost + and -."""
-    plus, minus = Token("operator", "+"), Token("operator", "-")
-    sign, piece = plus, list[Token]()
-    for token, depth in zip(tokens, depths(tokens), strict=True):
-        if depth or not token.among("+", "-"):
-            piece.append(token)
-        elif piece:
-            yield sign, piece
-            sign, piece = token, []
-        else:  # two signs in a row
-            sign = plus if sign == token else minus
-    if piece:
-        yield sign, piece
-    elif tokens:
-        raise FormulaError(f"the formula ends with {tokens[-1].text!r}")
-
-
-def _bar(piece: list[Token]) -> list[Token] | None:
-    """Tokens between the parentheses of a bar; None if the piece holds no bar."""
-    if not any(t.among("|", "||") for t in piece):
-        return None
-    inside = piece
-    while inside and inside[0].among("(") and inside[-1].among(")"):
-        inside = inside[1:-1]
-        levels = list(depths(inside))
-        if min(levels, default=0) < 0:
-            break  # (a) ... (b): the first and the last parenthesis are not a pair
-        if [d for t, d in zip(inside, levels, strict=True) if t.among("|", "||")] == [0]:
-            return inside
-    raise FormulaError(
-        f"{shown(spelled(piece))}: a bar stands in parentheses of its own, joined to the rest by "
-        "'+', as in '+ (1 + x | g)'"
-    )
-
-
-def _read_bar(inside: list[Token], context: Collection[str]) -> list[Bar]:
-    """Bars of ``terms | group`` or ``terms || group``."""
-    cut = next(i for i, t in enumerate(inside) if t.among("|", "||"))
-    group = _group(inside[cut + 1 :], spelled(inside))
-    terms = read_terms(inside[:cut], context)
-    if not terms or not inside[:cut]:
-        raise FormulaError(f"({spelled(inside)}) has no random coefficient left of the bar")
-    split = [(t,) for t in terms] if inside[cut].text == "||" else [terms]
-    return [Bar(part, group, _bar_text(part, group)) for part in split]
-
-
-def _bar_text(terms: Sequence[Term], group: Sequence[str]) -> str:
-    """A bar as lme4 writes it; 0 says that there is no intercept."""
-    words = [t.text for t in terms]
-    key = ":".join(quoted(name) for name in group)
-    return f"({' + '.join(words if '1' in words else ['0', *words])} | {key})"
-
-
-def _group(tokens: list[Token], bar: str) -> tuple[str, ...]:
-    """Key columns right of a bar."""
-    while len(tokens) > 2 and tokens[0].among("(") and tokens[-1].among(")"):
-        tokens = tokens[1:-1]
-    names, joints = tokens[::2], tokens[1::2]
-    for joint in joints:
-        if joint.among("/"):
-            raise NotSupportedError(
-                f"({bar}): nested groups ('/') need two grouping factors; one is supported so far. "
-                "Write (1 | a:b) for the inner one alone"
-            )
-        if not joint.among(":"):
-            raise NotSupportedError(
-                f"({bar}): the group must be a column, or columns joined by ':'; expressions are "
-                "not supported, so compute the column before the fit"
-            )
-    if len(names) != len(joints) + 1 or any(t.kind not in ("name", "quoted") for t in names):
-        raise FormulaError(f"({bar}): right of the bar must be a column, or columns joined by ':'")
-    keys = tuple(t.text for t in names)
-    if len(set(keys)) < len(keys):
-        raise FormulaError(f"({bar}): a column is there twice in the group")
-    return keys

@@ -93,3 +93,18 @@ def depths(tokens: Sequence[Token]) -> Iterator[int]:
         if token.kind == "operator":
             depth += (token.text in "([") - (token.text in ")]")
         yield depth
+
+
+def check_parentheses(tokens: Sequence[Token], text: str) -> None:
+    """Refuse parentheses that do not match."""
+    levels = list(depths(tokens))
+    if levels and (min(levels) < 0 or levels[-1] != 0):
+        raise FormulaError(f"the parentheses of {shown(text)} do not match")
+
+
+def type_name(given: object) -> str:
+    """Type of an argument, for a message; of a list, the types of what it holds."""
+    name = type(given).__name__
+    if not isinstance(given, (list, tuple)):
+        return name
+    return f"{name} of {', '.join(sorted({type(x).__name__ for x in given}))}"

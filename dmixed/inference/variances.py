@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dmixed.blocks import Floats
 from dmixed.covariance import Blocks, rebase, root_derivatives
 from dmixed.likelihood import Criterion
-from dmixed.optimizer import free_coordinates
+from dmixed.optimizer import ZERO, free_coordinates
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,7 @@ def variance_estimates(
     V, s = rebase(blocks, root)
     _, H, _ = root_derivatives(blocks, at.gradient, at.hessian, V, V * s)
     free = free_coordinates(blocks, s)
-    kept = {coordinates[x][1] for x in free}
-    zero = tuple(d not in kept for d in range(blocks.q))
+    zero = tuple((s <= ZERO).tolist())
     s = np.where(zero, 0.0, s)
     left = np.asarray(np.linalg.solve(natural, V), dtype=np.float64)
     user_root = left * s

@@ -1,0 +1,165 @@
+"""Which random effects there are: their levels, names, and the group each belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dmixed import keys
+from dmixed.design import component_column
+from dmixed.levels import Index, clusters
+from dmixed.naming import VC_LEVEL
+from dmixed.preparation import Prepared
+
+
+@dataclass(eq=False)
+class Effects:
+    """Names and places of the random effects of a model.
+
+    The effects of a block are numbered as in `inference.random_effects`.
+    """
+
+    prepared: Prepared
+
+    # ------------------------------------------------------------------ the model's groups
+
+    @cached_property
+    def group_order(self) -> Index:
+        """Permutation that puts the model's groups in canonical order."""
+        return keys.sort_index(self.prepared.groups)
+
+    @cached_property
+    def group_index(self) -> pd.Index:
+        """Labels of the groups, in canonical order."""
+        return keys.to_pandas(self.prepared.groups.take(self.group_order))
+
+    @cached_property
+    def group_sizes(self) -> Index:
+        """(G,) rows of each group, in canonical order."""
+        counts = self.prepared.moments.group.counts
+        sums = np.bincount(self.prepared.group_codes, counts, minlength=len(self.prepared.groups))
+        return np.asarray(np.rint(sums), dtype=np.int64)[self.group_order]
+
+    @cached_property
+    def _cluster_of_group(self) -> list[Index]:
+        """Cells of each group (by its number), in order."""
+        codes = self.prepared.group_codes
+        order = np.argsort(codes, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(codes))[:-1])
+
+    # ------------------------------------------------------------------ effects of a block
+
+    def level_order(self, term: int) -> Index:
+        """Permutation that puts the levels of a term in canonical order."""
+        return keys.sort_index(self.prepared.levels[term])
+
+    def level_index(self, term: int) -> pd.Index:
+        """Labels of the levels of a term, in canonical order."""
+        return keys.to_pandas(self.prepared.levels[term].take(self.level_order(term)))
+
+    @cached_property
+    def _group_of_level(self) -> list[Index]:
+        """Per term, the group of each level (of a factor within the groups)."""
+        found = []
+        for term in self.prepared.problem.terms:
+            group = np.zeros(term.n_levels, np.intp)
+            used = term.codes >= 0
+            group[term.codes[used]] = self.prepared.group_codes[used]
+            found.append(group)
+        return found
+
+    def component_order(self, block: int) -> tuple[Index, Index]:
+        """Effects of a component by group in canonical order, then level: effect, group's place.
+
+        Effects without a column (the reference level of contrasts) are left out.
+        """
+        place = np.empty(len(self.group_order), np.intp)
+        place[self.group_order] = np.arange(len(self.group_order))
+        effects, groups, ranks, base = [], [], [], 0
+        for number, i in enumerate(self.prepared.members(block)):
+            term = self.prepared.problem.terms[i]
+            times = term.T.shape[1] if term.repeated else 1
+            order = self.level_order(i)
+            met = np.zeros(term.n_levels, np.bool_)
+            met[term.codes[term.codes >= 0]] = True
+            order = order[met[order]]
+            effects.append((base + order[:, None] * times + np.arange(times)).ravel())
+            groups.append(np.repeat(place[self._group_of_level[i][order]], times))
+            ranks.append(np.full(len(effects[-1]), number))
+            base += term.n_levels * times
+        effect, group = np.concatenate(effects), np.concatenate(groups)
+        by_group = np.lexsort((np.arange(len(effect)), np.concatenate(ranks), group))
+        return effect[by_group], group[by_group]
+
+    @cached_property
+    def _components(self) -> dict[int, tuple[Index, Index]]:
+        """Per component: effects by group, and where each group's begin."""
+        found = {}
+        for block, bar in enumerate(self.prepared.bars):
+            if bar.component is not None:
+                effect, group = self.component_order(block)
+                found[block] = effect, np.searchsorted(group, np.arange(len(self.group_order) + 1))
+        return found
+
+    def effect_name(self, block: int, effect: int) -> str:
+        """Name of an effect of a component as statsmodels has it: ``cask[C(cask)[a]]``."""
+        base = 0
+        for i in self.prepared.members(block):
+            term, design = self.prepared.problem.terms[i], self.prepared.terms[i]
+            times = term.T.shape[1] if term.repeated else 1
+            if effect < base + term.n_levels * times:
+                level, j = divmod(effect - base, times)
+                labels = self.prepared.levels[i]
+                values = [array[level].as_py() for array in labels.arrays]
+                own = [n for n in labels.names if n.startswith(VC_LEVEL)]
+                name = (
+                    str(values[labels.names.index(own[0])])
+                    if own
+                    else component_column(design, values, j)
+                )
+                return f"{self.prepared.bars[block].component}[{name}]"
+            base += term.n_levels * times
+        raise IndexError(effect)
+
+    def of_group(self, place: int, re_names: list[str]) -> list[tuple[int, int, int, str]]:
+        """Effects of a group by its place in canonical order: block, effect, column, name.
+
+        Parameters
+        ----------
+        re_names
+            names of the columns of all bars
+        """
+        group = int(self.group_order[place])
+        found, named = [], iter(re_names)
+        for block, bar in enumerate(self.prepared.bars):
+            if bar.component is None:
+                found += [(block, group, a, next(named)) for a in range(len(bar.names))]
+            else:
+                effects, starts = self._components[block]
+                own = effects[starts[place] : starts[place + 1]]
+                found += [(block, int(e), 0, self.effect_name(block, int(e))) for e in own]
+        return found
+
+    def clusters_of_group(self, place: int) -> list[Any]:
+        """Clusters of levels that a group consists of."""
+        cells = self._cluster_of_group[int(self.group_order[place])]
+        return np.unique(self.cell_clusters[cells]).tolist()
+
+    @cached_property
+    def cell_clusters(self) -> Index:
+        """Cluster of each cell."""
+        return clusters(self.prepared.problem.terms)[0]
+
+    @property
+    def within_groups(self) -> bool:
+        """Whether every random factor divides the model's groups, so that each has its own."""
+        names = set(self.prepared.groups.names)
+        return all(
+            names <= set(labels.names) and (self.prepared.bars[term.block].component is not None
+            or set(labels.names) == names)
+            for labels, term in zip(self.prepared.levels, self.prepared.problem.terms, strict=True)
+        )  # fmt: skip

@@ -1,0 +1,36 @@
+"""What a reader should know of a fit, as sentences for its summary."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dmixed.fitting import Estimates
+from dmixed.inference.random_effects import n_effects
+from dmixed.preparation import Prepared
+from dmixed.summary import few_rows, held_at_zero
+
+
+def fit_notes(prepared: Prepared, estimates: Estimates) -> tuple[str, ...]:
+    """Sentences on rows that are too few, and on parameters that were held."""
+    problem = prepared.problem
+    blocks = problem.factors.blocks
+    effects = sum(n_effects(problem, j) * size for j, size in enumerate(blocks.sizes))
+    notes = list(few_rows(prepared.moments.nobs, effects, problem.factors.p))
+    notes += [held_at_zero(prepared.bars[j].text) for j in blocks.held]
+    held = [
+        name
+        for name, free in zip(
+            prepared.fixed_names,
+            np.ones(len(estimates.beta), bool)
+            if estimates.free_beta is None
+            else estimates.free_beta,
+            strict=True,
+        )
+        if not free
+    ]
+    pairs = 0 if estimates.free_pairs is None else int((~estimates.free_pairs).sum())
+    if held or pairs:
+        what = [f"fixed effects {', '.join(held)}"] * bool(held)
+        what += [f"{pairs} covariance parameter(s)"] * bool(pairs)
+        notes.append(f"Held at their starting values: {' and '.join(what)}.")
+    return tuple(notes)

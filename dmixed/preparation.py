@@ -1,0 +1,181 @@
+"""From moments to a problem: levels of every random factor, and checks that it can be fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmixed import keys
+from dmixed.collect import Moments
+from dmixed.design import BarDesign, Design, TermDesign
+from dmixed.errors import DataError, NotSupportedError
+from dmixed.executor import one_blas_thread
+from dmixed.factors import DependentColumns, Problem, problem
+from dmixed.levels import Index, Term, TooManyLevels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A model on its moments, ready to be evaluated.
+
+    Attributes
+    ----------
+    moments, design
+        what was collected and learned
+    bars
+        bars and variance components in the order of the blocks of Psi: that of lme4 (factors
+        with more levels first) for an lme4 formula, else as given
+    terms
+        random terms in the order of ``problem.terms``
+    levels
+        labels of the levels of each term
+    groups, group_codes
+        labels of the model's groups, and the group of each cell (N,)
+    problem
+        working coordinates and factors
+    """
+
+    moments: Moments
+    design: Design
+    bars: tuple[BarDesign, ...]
+    terms: tuple[TermDesign, ...]
+    levels: tuple[keys.Labels, ...]
+    groups: keys.Labels
+    group_codes: Index
+    problem: Problem
+
+    @property
+    def aliased(self) -> tuple[str, ...]:
+        """Names of the columns of X that depend on those before them."""
+        kept = set(self.problem.fixed.kept)
+        return tuple(n for j, n in enumerate(self.design.fixed_names) if j not in kept)
+
+    @property
+    def fixed_names(self) -> tuple[str, ...]:
+        """Names of the p independent columns of X."""
+        return tuple(self.design.fixed_names[j] for j in self.problem.fixed.kept)
+
+    def members(self, block: int) -> list[int]:
+        """Positions of a block's terms."""
+        return [i for i, term in enumerate(self.problem.terms) if term.block == block]
+
+
+@one_blas_thread
+def prepare(moments: Moments) -> Prepared:
+    """Check what was collected and factor it.
+
+    Raises
+    ------
+    DataError
+        no rows, a constant response, or dependent columns in a random term
+    NotSupportedError
+        crossed factors with more levels than dense algebra can take
+    """
+    if moments.nobs == 0:
+        reasons = ", ".join(f"{n} rows for {reason!r}" for reason, n in moments.dropped.items())
+        raise DataError(
+            f"no row is left to fit: dropped {reasons}" if reasons else "the data have no rows"
+        )
+    design = moments.design
+    names = [key.name for key in design.spec.keys]
+    group_key = [names.index(name) for name in design.spec.formula.groups]
+    group_codes, groups = keys.subset(moments.labels, group_key)
+    projected = [keys.subset(moments.labels, term.key) for term in design.terms]
+    order = _block_order(design, [len(labels) for _, labels in projected])
+    place = {bar: block for block, bar in enumerate(order)}
+    ranked = sorted(range(len(design.terms)), key=lambda i: place[design.terms[i].block])
+    terms = []
+    for i in ranked:
+        term, (codes, labels) = design.terms[i], projected[i]
+        left_out = _reference_levels(moments.labels, term.reduced, group_codes)
+        terms.append(
+            Term(
+                block=place[term.block],
+                T=term.T,
+                codes=np.where(left_out, -1, codes) if left_out is not None else codes,
+                n_levels=len(labels),
+                repeated=_repeated(design, term),
+            )
+        )
+    bars = tuple(design.bars[j] for j in order)
+    found = _problem(moments, design, bars, terms)
+    stored = float(found.factors.stored[-1]) if found.response.scale > 0 else 0.0
+    if stored <= 0.0:
+        raise DataError(
+            f"the response {design.spec.formula.response_text!r} is constant: "
+            "there is no variance to explain"
+        )
+    return Prepared(
+        moments,
+        design,
+        bars,
+        tuple(design.terms[i] for i in ranked),
+        tuple(projected[i][1] for i in ranked),
+        groups,
+        group_codes,
+        found,
+    )
+
+
+def _block_order(design: Design, n_levels: Sequence[int]) -> list[int]:
+    """Bars in the order of lme4, or as given where there are variance components."""
+    bars = list(range(len(design.bars)))
+    if any(bar.component is not None for bar in design.bars):
+        return bars
+    levels = {term.block: n for term, n in zip(design.terms, n_levels, strict=True)}
+    return sorted(bars, key=lambda j: -levels[j])
+
+
+def _repeated(design: Design, term: TermDesign) -> bool:
+    """Whether a term's columns, or another's of its component, share one variance."""
+    if design.bars[term.block].component is None:
+        return False
+    members = [t for t in design.terms if t.block == term.block]
+    return len(members) > 1 or term.T.shape[1] > 1 or bool(term.reduced)
+
+
+def _reference_levels(
+    labels: keys.Labels, reduced: Sequence[int], group_codes: Index
+) -> np.ndarray | None:
+    """Cells whose level of a factor coded by contrasts is the first one met in their group."""
+    out = None
+    for position in reduced:
+        codes, levels = keys.subset(labels, [position])
+        rank = np.empty(len(levels), np.intp)
+        rank[keys.sort_index(levels)] = np.arange(len(levels))
+        own = rank[codes]
+        first = np.full(int(group_codes.max(initial=-1)) + 1, len(levels), np.intp)
+        np.minimum.at(first, group_codes, own)
+        is_first = own == first[group_codes]
+        out = is_first if out is None else out | is_first
+    return out
+
+
+def _problem(
+    moments: Moments, design: Design, bars: Sequence[BarDesign], terms: Sequence[Term]
+) -> Problem:
+    try:
+        return problem(moments.group, design.T_fixed, design.t_response, terms)
+    except DependentColumns as err:
+        bar = bars[err.block]
+        if bar.component is not None:
+            raise DataError(
+                f"all columns of the variance component {bar.component!r} are zero: leave it out"
+            ) from None
+        raise DataError(
+            f"in {bar.text} the column {bar.names[err.column]!r} is a linear combination of the "
+            "others (or zero): its variance cannot be told from theirs; leave it out"
+        ) from None
+    except TooManyLevels as err:
+        factors = ", ".join(
+            f"{bar.label} ({term.n_levels:,} levels)"
+            for bar, term in ((bars[term.block], term) for term in terms)
+        )
+        raise NotSupportedError(
+            f"the factors {factors} are linked with each other through the data, so that "
+            f"{err.columns:,} random effects have to be solved for together, beyond the one "
+            "factor that is eliminated level by level; that is done by dense algebra, which "
+            "ends at some thousands. Leave out a crossed factor, or make it a fixed effect"
+        ) from None
