@@ -31,6 +31,17 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Component:
+    """Effects that share one variance: columns V (n,m), and the variance / sigma2."""
+
+    V: Floats
+    variance: float
+
+
+Term = Bar | Component
+
+
+@dataclass(frozen=True)
 class DenseFit:
     """The model at given relative covariances.
 
@@ -43,7 +54,8 @@ class DenseFit:
     sigma2
         rss/n (ML) or rss/(n-p) (REML)
     blups, condcov
-        per bar (G,q) conditional means and (G,q,q) conditional covariances given beta
+        per bar (G,q) conditional means and (G,q,q) conditional covariances given beta; for a
+        component its m columns are m groups with q = 1
     fitted
         (n,) offset + X beta + Z b
     """
@@ -58,19 +70,78 @@ class DenseFit:
     fitted: Floats
 
 
-def covariance(bars: Sequence[Bar], n: int, weights: ArrayLike | None = None) -> Floats:
+def covariance(terms: Sequence[Term], n: int, weights: ArrayLike | None = None) -> Floats:
     """H (n,n), the marginal covariance of y divided by sigma2."""
     H = np.diag(np.ones(n) if weights is None else 1 / np.asarray(weights, float))
-    for bar in bars:
-        same = bar.codes[:, None] == bar.codes[None, :]
-        H += same * (bar.Z @ bar.Psi @ bar.Z.T)
+    for term in terms:
+        if isinstance(term, Component):
+            H += term.variance * term.V @ term.V.T
+        else:
+            same = term.codes[:, None] == term.codes[None, :]
+            H += same * (term.Z @ term.Psi @ term.Z.T)
     return H
+
+
+def effects(term: Term) -> tuple[Floats, Floats]:
+    """All columns of a term, level by level (n,M), and the covariance of their effects (M,M)."""
+    if isinstance(term, Component):
+        return term.V, term.variance * np.eye(term.V.shape[1])
+    levels = np.arange(int(term.codes.max()) + 1)
+    V = (term.codes[:, None] == levels)[:, :, None] * term.Z[:, None, :]
+    return V.reshape(len(term.Z), -1), np.kron(np.eye(len(levels)), term.Psi)
+
+
+@dataclass(frozen=True)
+class _Whitened:
+    """Least squares of y on X given H: root of H, whitened residual, R of X = QR, beta."""
+
+    root: Floats
+    R: Floats
+    beta: Floats
+    residual: Floats
+
+    @classmethod
+    def of(cls, y: Floats, X: Floats, H: Floats, beta: ArrayLike | None) -> _Whitened:
+        root = np.linalg.cholesky(H)
+        both = np.linalg.solve(root, np.column_stack([X, y]))
+        Xw, yw = both[:, :-1], both[:, -1]
+        Q, R = np.linalg.qr(Xw)  # never X'H^-1 X: its condition number is that of X squared
+        b = np.linalg.solve(R, Q.T @ yw) if beta is None else np.asarray(beta, float)
+        return cls(root, R, b, yw - Xw @ b)
+
+    def deviance(self, reml: bool, sigma2: float | None) -> float:
+        (n, p), rss = (len(self.root), len(self.R)), float(self.residual @ self.residual)
+        df = n - p if reml else n
+        if sigma2 is None:
+            sigma2 = rss / df
+        value = 2 * np.log(np.diag(self.root)).sum()
+        value += df * np.log(2 * np.pi * sigma2) + rss / sigma2
+        if reml:
+            value += 2 * np.log(np.abs(np.diag(self.R))).sum()
+        return float(value)
+
+
+def deviance(
+    y: ArrayLike,
+    X: ArrayLike,
+    H: Floats,
+    reml: bool = True,
+    beta: ArrayLike | None = None,
+    sigma2: float | None = None,
+) -> float:
+    """-2 log-likelihood at a marginal covariance H sigma2; what is None is profiled out.
+
+    Under REML it is the criterion of the model with all its fixed effects, also at a given beta:
+    log|X'H^-1 X| stays.
+    """
+    y, X = np.asarray(y, float), np.asarray(X, float)
+    return _Whitened.of(y, X, H, beta).deviance(reml, sigma2)
 
 
 def evaluate(
     y: ArrayLike,
     X: ArrayLike,
-    bars: Sequence[Bar],
+    bars: Sequence[Term],
     reml: bool = True,
     weights: ArrayLike | None = None,
     offset: ArrayLike | None = None,
@@ -79,59 +150,67 @@ def evaluate(
     shift = 0.0 if offset is None else np.asarray(offset, float)
     y, X = np.asarray(y, float) - shift, np.asarray(X, float)
     n, p = X.shape
-    root = np.linalg.cholesky(covariance(bars, n, weights))
-    Xw, yw = np.linalg.solve(root, X), np.linalg.solve(root, y)
-    Q, R = np.linalg.qr(Xw)  # never X'H^-1 X: its condition number is that of X squared
-    beta = np.linalg.solve(R, Q.T @ yw)
-    rw = yw - Xw @ beta
-    df = n - p if reml else n
-    sigma2 = float(rw @ rw) / df
-    criterion = 2 * np.log(np.diag(root)).sum() + df * (np.log(2 * np.pi * sigma2) + 1)
-    if reml:
-        criterion += 2 * np.log(np.abs(np.diag(R))).sum()
-    Ri = np.linalg.inv(R)
+    found = _Whitened.of(y, X, covariance(bars, n, weights), None)
+    sigma2 = float(found.residual @ found.residual) / (n - p if reml else n)
+    Ri = np.linalg.inv(found.R)
     vcov = sigma2 * Ri @ Ri.T
-    Hir = np.linalg.solve(root.T, rw)
-    fitted, blups, condcov = shift + X @ beta, [], []
+    Hir = np.linalg.solve(found.root.T, found.residual)
+    fitted, blups, condcov = shift + X @ found.beta, [], []
     for bar in bars:
-        b, C = _random_effects(bar, root, Hir)
-        fitted = fitted + np.einsum("iq,iq->i", bar.Z, b[bar.codes])
+        b, C = _random_effects(bar, found.root, Hir)
+        if isinstance(bar, Component):
+            fitted = fitted + bar.V @ b[:, 0]
+        else:
+            fitted = fitted + np.einsum("iq,iq->i", bar.Z, b[bar.codes])
         blups.append(b)
         condcov.append(sigma2 * C)
     se = np.sqrt(np.diag(vcov))
     return DenseFit(
-        float(criterion), beta, se, vcov, sigma2, tuple(blups), tuple(condcov), np.asarray(fitted)
-    )
+        found.deviance(reml, None), found.beta, se, vcov, sigma2, tuple(blups), tuple(condcov),
+        np.asarray(fitted),
+    )  # fmt: skip
 
 
-def _random_effects(bar: Bar, root: Floats, Hir: Floats) -> tuple[Floats, Floats]:
-    """b_g = Psi Z_g' H^-1 r and Var(b_g | y, beta) / sigma2 = Psi - Psi Z_g' H^-1 Z_g Psi."""
-    groups, q = int(bar.codes.max()) + 1, bar.Z.shape[1]
-    b, C = np.empty((groups, q)), np.empty((groups, q, q))
-    for g in range(groups):
-        Zg = bar.Z * (bar.codes == g)[:, None]
-        half = np.linalg.solve(root, Zg @ bar.Psi)
-        b[g] = bar.Psi @ (Zg.T @ Hir)
-        C[g] = bar.Psi - half.T @ half
-    return b, C
+def _random_effects(term: Term, root: Floats, Hir: Floats) -> tuple[Floats, Floats]:
+    """b = Psi V'H^-1 r and Var(b | y, beta) / sigma2 = Psi - Psi V'H^-1 V Psi, level by level."""
+    V, Psi = effects(term)
+    q = 1 if isinstance(term, Component) else term.Z.shape[1]
+    half = np.linalg.solve(root, V @ Psi)
+    C = (Psi - half.T @ half).reshape(-1, q, len(Psi) // q, q)
+    return (Psi @ (V.T @ Hir)).reshape(-1, q), np.einsum("gagb->gab", C)
+
+
+def joint_condcov(
+    terms: Sequence[Term], sigma2: float, n: int, weights: ArrayLike | None = None
+) -> Floats:
+    """Conditional covariance given beta of the effects of all terms, one term after the other."""
+    found = [effects(term) for term in terms]
+    V, Psi = np.hstack([v for v, _ in found]), block_diagonal([c for _, c in found])
+    half = np.linalg.solve(np.linalg.cholesky(covariance(terms, n, weights)), V @ Psi)
+    return sigma2 * (Psi - half.T @ half)
 
 
 def joint_criterion(
-    y: ArrayLike, X: ArrayLike, bars: Sequence[Bar], sigma2: float, reml: bool = True
+    y: ArrayLike,
+    X: ArrayLike,
+    bars: Sequence[Term],
+    sigma2: float,
+    reml: bool = True,
+    weights: ArrayLike | None = None,
 ) -> float:
     """-2 log-likelihood with beta profiled but sigma2 given; the bars' Psi in *user units*.
 
     Its Hessian is the joint information on (covariances, sigma2), from which alone the standard
     errors of the covariances follow.
     """
-    y, X = np.asarray(y, float), np.asarray(X, float)
-    n, p = X.shape
-    relative = [Bar(bar.Z, bar.codes, bar.Psi / sigma2) for bar in bars]
-    fit = evaluate(y, X, relative, reml)
-    df = n - p if reml else n
-    # the profiled value has rss/df in place of sigma2
-    profiled = df * (np.log(fit.sigma2) + 1)
-    return fit.criterion - profiled + df * (np.log(sigma2) + fit.sigma2 / sigma2)
+    relative = [
+        Component(bar.V, bar.variance / sigma2)
+        if isinstance(bar, Component)
+        else Bar(bar.Z, bar.codes, bar.Psi / sigma2)
+        for bar in bars
+    ]
+    H = covariance(relative, len(np.asarray(y)), weights)
+    return deviance(y, X, H, reml, sigma2=sigma2)
 
 
 def unpack(theta: ArrayLike, sizes: Sequence[int]) -> list[Floats]:

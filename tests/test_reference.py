@@ -69,7 +69,10 @@ def test_state(fit):
     assert result.nobs == fit.case["nobs"]
     assert sum(result.dropped.values()) == fit.case["nobs_file"] - fit.case["nobs"]
     assert result.aliased == tuple(fit.case["dropped"])
-    assert result.n_groups == len(fit.want["bars"][0]["levels"])
+    if "group" in fit.want["bars"][0]:
+        assert result.factors == {b["group"]: len(b["levels"]) for b in fit.want["bars"]}
+    else:
+        assert result.n_groups == len(fit.want["bars"][0]["levels"])
     assert result.method == ("REML" if result.reml else "ML")
 
 
@@ -100,38 +103,61 @@ def test_covariance_of_the_fixed_effects(fit):
     assert np.allclose(got / np.outer(se, se), want / np.outer(se, se), rtol=0, atol=2e-6)
 
 
+def by_text(index):
+    """Labels by their text, the columns of a composite key joined by ':' as lme4 does."""
+    return {":".join(map(str, x)) if isinstance(x, tuple) else str(x): x for x in index}
+
+
 def test_random_effects(fit):
-    """Conditional modes of every group, found under their own label."""
+    """Conditional modes of every level of every factor, found under their own label."""
+    tables = tables_of(fit.result)
+    at = dict.fromkeys(tables, 0)
+    for bar in fit.want["bars"]:
+        factor, q = bar.get("group") or next(iter(tables)), len(bar["components"])
+        table = tables[factor]
+        assert len(table) == len(bar["levels"])
+        labels = by_text(table.index)
+        got = table.loc[[labels[level] for level in bar["levels"]]].to_numpy()
+        got = got[:, at[factor] : at[factor] + q]
+        at[factor] += q
+        assert np.all(np.abs(got - np.array(bar["values"])) <= 1e-5 * bar_sd(bar, fit.want))
+
+
+def tables_of(result):
+    """Random effects by factor."""
+    found = result.ranef()
+    return {":".join(found.index.names): found} if isinstance(found, pd.DataFrame) else found
+
+
+def test_random_effects_by_group(fit):
+    """The mapping of statsmodels has what the table has."""
+    tables = tables_of(fit.result)
+    if len(tables) > 1:  # no common groups
+        with pytest.raises(dmixed.NotSupportedError, match="use ranef"):
+            _ = fit.result.random_effects
+        return
+    (table,) = tables.values()
     effects = fit.result.random_effects
-    levels = fit.want["bars"][0]["levels"]
-    assert len(effects) == len(levels)
-    by_text = {str(label): label for label in effects}
-    values = np.column_stack([bar["values"] for bar in fit.want["bars"]])
-    got = np.array([effects[by_text[level]].to_numpy() for level in levels])
-    assert np.all(np.abs(got - values) <= 1e-5 * effect_sd(fit.want))
-    table = fit.result.ranef()
-    assert np.array_equal(table.loc[[by_text[level] for level in levels]].to_numpy(), got)
+    assert list(effects) == list(table.index)
+    assert np.array_equal(np.array([b.to_numpy() for b in effects.values()]), table.to_numpy())
 
 
 def test_conditional_covariances(fit):
-    covariances = fit.result.random_effects_cov
-    sd = effect_sd(fit.want)
-    by_text = {str(label): label for label in covariances}
-    at = 0
-    for bar in fit.want["bars"]:
+    covariances = fit.result.ranef_cov()
+    index = {label: by_text(table.index) for label, table in tables_of(fit.result).items()}
+    for (label, got), bar in zip(covariances.items(), fit.want["bars"], strict=True):
         q = len(bar["components"])
-        here = slice(at, at + q)
-        allowed = 1e-5 * np.outer(sd[here], sd[here])
-        for level, which in zip(bar["levels"], bar["condcov_of"], strict=True):
-            want = np.array(bar["condcov"][which]).reshape(q, q)
-            got = covariances[by_text[level]].to_numpy()[here, here]
-            assert np.all(np.abs(got - want) <= allowed)
-        at += q
+        sd = bar_sd(bar, fit.want)
+        place = {text: i for i, text in enumerate(index[bar.get("group") or next(iter(index))])}
+        want = np.array([np.array(bar["condcov"][k]).reshape(q, q) for k in bar["condcov_of"]])
+        got = got[[place[level] for level in bar["levels"]]]
+        assert got.shape == want.shape, label
+        assert np.all(np.abs(got - want) <= 1e-5 * np.outer(sd, sd))
 
 
-def effect_sd(want):
-    """(q,) standard deviations of the random effects; 1e-2 sigma where a variance vanished."""
-    variances = np.concatenate([np.diag(np.array(bar["cov"])) for bar in want["bars"]])
+def bar_sd(bar, want):
+    """(q,) standard deviations of a bar's effects; 1e-2 sigma where a variance vanished."""
+    variances = np.diag(np.array(bar["cov"]))
     return np.sqrt(np.maximum(variances, 1e-4 * want["sigma2"] if want["singular"] else 0))
 
 
@@ -164,9 +190,35 @@ def test_theta_is_the_optimum(fit):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", STATSMODELS_CASES)
 def test_in_the_words_of_statsmodels(name, method):
-    words = case(name)["statsmodels"]
+    words, data = case(name)["statsmodels"], pd.read_parquet(data_path(name))
+    data["__one__"] = 1
+    want = case(name)["fits"][method]
+    vc = words.get("vc_formula")
     model = dmixed.MixedLM.from_formula(
-        words["formula"], pd.read_parquet(data_path(name)), groups=words["groups"],
-        re_formula=words["re_formula"], missing="drop",
+        words["formula"], data, groups=words["groups"], re_formula=words["re_formula"],
+        vc_formula=vc, missing="drop",
     )  # fmt: skip
-    assert_estimates(model.fit(reml=method == "REML"), case(name)["fits"][method])
+    result = model.fit(reml=method == "REML")
+    if vc is None:
+        assert_estimates(result, want)
+        return
+    # lme4 orders by number of levels; here the bar comes first, then components by name
+    order = {bar["group"].split(":")[0]: bar for bar in want["bars"]}
+    own = [order[label.split(":")[0]] for label in result.varcorr()]
+    assert_estimates(result, {**want, "bars": own})
+    effects, sd = result.random_effects, {g: bar_sd(b, want)[0] for g, b in order.items()}
+    for group, b in effects.items():
+        for name_, value in b.items():
+            component, _, rest = name_.partition("[C(")
+            level = rest.split(")[")[1][:-2] if rest else str(group)
+            bar = order[component]
+            full = level if level in bar["levels"] else f"{level}:{group}"
+            expected = bar["values"][bar["levels"].index(full)][0]
+            assert abs(value - expected) <= 1e-5 * sd[component]
+        cov = result.random_effects_cov[group]
+        assert np.all(np.linalg.eigvalsh(cov) >= -1e-9 * result.scale)
+        if len(effects) > 1:
+            top = order[words["groups"]]
+            k = top["condcov_of"][top["levels"].index(str(group))]
+            want_var = np.ravel(top["condcov"][k])[0]
+            assert abs(cov.iloc[0, 0] - want_var) <= 1e-5 * sd[words["groups"]] ** 2
