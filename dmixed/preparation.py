@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmixed import keys
+from dmixed.blocks import CONSTANT
 from dmixed.collect import Moments
 from dmixed.design import BarDesign, Design, TermDesign
 from dmixed.errors import DataError, NotSupportedError
@@ -100,6 +101,7 @@ def prepare(moments: Moments) -> Prepared:
             )
         )
     bars = tuple(design.bars[j] for j in order)
+    _check_single_rows(moments, bars, terms)
     found = _problem(moments, design, bars, terms)
     stored = float(found.factors.stored[-1]) if found.response.scale > 0 else 0.0
     if stored <= 0.0:
@@ -117,6 +119,24 @@ def prepare(moments: Moments) -> Prepared:
         group_codes,
         found,
     )
+
+
+def _check_single_rows(
+    moments: Moments, bars: Sequence[BarDesign], terms: Sequence[Term]
+) -> None:
+    """Refuse an intercept per row beside other factors: it is the error under another name."""
+    if len(bars) == 1 or moments.spec.weights is not None:
+        return  # alone it is found by its flat likelihood; weights tell the two apart
+    constant = moments.group.columns.index(CONSTANT)
+    for term in terms:
+        others = np.delete(term.T, constant, axis=0)
+        if term.n_levels == moments.nobs and term.T.shape[1] == 1 and not others.any():
+            bar = bars[term.block]
+            what = bar.text if bar.component is None else f"the component {bar.component!r}"
+            raise DataError(
+                f"each level of {what} has a single row: its variance cannot be told from the "
+                "error variance; leave it out"
+            )
 
 
 def _block_order(design: Design, n_levels: Sequence[int]) -> list[int]:

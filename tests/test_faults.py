@@ -142,7 +142,7 @@ def variance(data: Data, psi: float, tau: float, s2: float) -> np.ndarray:
 
 def number(value: Any) -> float:
     """The one entry of an array or table."""
-    return number(value)
+    return float(np.squeeze(value))
 
 
 def masked(ns: Namespace, fe: Any, cov_re: Any, vcomp: Any = ()) -> Any:
