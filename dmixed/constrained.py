@@ -490,12 +490,15 @@ def _smooth_estimates(
     cov_user = np.full((m + 1, m + 1), np.nan)
     variances = VarianceEstimates(Psi, root, (False,) * blocks.q, covariance[p:, p:], cov_user)
     found = estimates_at(prepared, reml, at, problem.natural @ root, variances, summary)
-    value = at.value
+    value, d_log_rss = at.value, natural_of_user(problem).T @ at.d_log_rss
     if coordinates.with_beta:
         full = joint(problem, at, beta, reml)
         value = full.value
         v = np.append(problem.response.beta - problem.fixed.to_work @ beta, problem.response.scale)
         sigma2 = float(v @ at.FtHiF @ v) / df
+        along_beta = -2.0 * problem.fixed.to_work.T @ (at.FtHiF @ v)[:p]
+        d_rss = np.append(along_beta, natural_of_user(problem).T @ (at.terms.dF @ v @ v))
+        d_log_rss = d_rss / (sigma2 * df)
         cov_beta = covariance[:p, :p]
         if penalties.fixed is None:
             inside = np.flatnonzero(held.free_beta)
@@ -507,7 +510,7 @@ def _smooth_estimates(
         found = replace(
             found, value=value, beta=beta, working_beta=-v[:-1], sigma2=sigma2, cov_beta=cov_beta
         )
-    cov_user[:] = _user_covariance(found, variances.cov_ratio, at, problem, df)
+    cov_user[:] = _user_covariance(found, covariance, d_log_rss, blocks, df)
     return found
 
 
@@ -535,15 +538,21 @@ def _covariance_of(coordinates: _Coordinates, x: Floats, end: Derivatives, scale
 
 
 def _user_covariance(
-    found: Estimates, cov_ratio: Floats, at: Criterion, problem: Problem, df: int
+    found: Estimates, covariance: Floats, d_log_rss: Floats, blocks: Blocks, df: int
 ) -> Floats:
-    """Covariance of [Psi sigma2, sigma2] over sigma2 squared, by the joint information."""
-    blocks = problem.factors.blocks
+    """Covariance of [Psi sigma2, sigma2] over sigma2 squared, by the joint information.
+
+    Parameters
+    ----------
+    covariance, d_log_rss
+        (K, K), (K,) along [beta (if a coordinate), entries of Psi]
+    """
     m = len(blocks.pairs)
-    known = ~np.isnan(np.diag(cov_ratio))
-    ratio = np.where(np.isnan(cov_ratio), 0.0, cov_ratio)
-    slope = ratio @ (natural_of_user(problem).T @ at.d_log_rss)
-    variance_t = 2.0 / df + float((natural_of_user(problem).T @ at.d_log_rss) @ slope)
+    known = ~np.isnan(np.diag(covariance))[-m:]
+    ratio = np.where(np.isnan(covariance), 0.0, covariance)
+    slope = ratio @ d_log_rss
+    variance_t = 2.0 / df + float(d_log_rss @ slope)
+    ratio, slope = ratio[-m:, -m:], slope[-m:]
     Psi = np.array([found.variances.Psi[a, b] for a, b in blocks.pairs])
     joint_cov = np.block([[ratio, slope[:, None]], [slope[None], np.array([[variance_t]])]])
     G = np.block([[np.eye(m), Psi[:, None]], [np.zeros((1, m)), np.ones((1, 1))]])

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from dmixed.blocks import Floats
 from dmixed.covariance import Blocks
-from dmixed.nested import Bucket, Span
+from dmixed.nested import Bucket, DenseMeans, Span, SparseMeans
 
 Index = NDArray[np.intp]
 
@@ -26,6 +26,10 @@ MAX_DENSE = 6_000
 
 MAX_NUMBERS = 2**29
 """Numbers (of 8 bytes) in all dense arrays."""
+
+
+SPARSE = 48
+"""Random columns of a single cluster from which the leaves' means are kept sparse."""
 
 
 class TooManyLevels(ValueError):
@@ -94,25 +98,42 @@ class _Kind:
 
 def clusters(terms: Sequence[Term]) -> tuple[Index, int]:
     """Cluster of each cell, numbered by first appearance, and how many there are."""
-    N = len(terms[0].codes)
-    columns = {t.codes.tobytes(): t.codes for t in terms}
-    codes = list(columns.values())
-    if len(codes) == 1 and codes[0].min(initial=0) >= 0:
-        labels = codes[0]
+    codes = list({t.codes.tobytes(): t.codes for t in terms}.values())
+    coarsest = min(codes, key=lambda code: int(code.max(initial=-1)))
+    if coarsest.min(initial=0) >= 0 and all(_within(code, coarsest) for code in codes):
+        labels = coarsest
     else:
-        nodes, left, right = N, [], []
-        for code in codes:
-            cells = np.flatnonzero(code >= 0)
-            left.append(cells)
-            right.append(nodes + code[cells])
-            nodes += int(code.max(initial=-1)) + 1
-        rows, cols = np.concatenate(left), np.concatenate(right)
-        graph = coo_array((np.ones(len(rows), np.int8), (rows, cols)), shape=(nodes, nodes))
-        labels = connected_components(graph.tocsr(), directed=False)[1][:N].astype(np.intp)
+        labels = _connected(codes)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    if (np.diff(first) > 0).all():
+        return inverse, len(first)
     order = np.empty(len(first), np.intp)
     order[np.argsort(first)] = np.arange(len(first))
     return order[inverse], len(first)
+
+
+def _within(fine: Index, coarse: Index) -> bool:
+    """Whether every level of a factor lies in one level of another."""
+    if fine is coarse:
+        return True
+    used = fine >= 0
+    image = np.zeros(int(fine.max(initial=-1)) + 1, np.intp)
+    image[fine[used]] = coarse[used]
+    return bool((image[fine[used]] == coarse[used]).all())
+
+
+def _connected(codes: Sequence[Index]) -> Index:
+    """Components of the graph that links every cell with its levels."""
+    N = len(codes[0])
+    nodes, left, right = N, [], []
+    for code in codes:
+        cells = np.flatnonzero(code >= 0)
+        left.append(cells)
+        right.append(nodes + code[cells])
+        nodes += int(code.max(initial=-1)) + 1
+    rows, cols = np.concatenate(left), np.concatenate(right)
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, cols)), shape=(nodes, nodes))
+    return connected_components(graph.tocsr(), directed=False)[1][:N].astype(np.intp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +222,7 @@ def _check_size(members: Sequence[Index], widths: Index, leaves: Index, sizes: I
     for inside in members:
         r = int((widths[:, inside].max(axis=1) * sizes).sum()) if len(widths) else 0
         n = int(leaves[inside].max())
-        numbers += len(inside) * (r * r + n * r)
+        numbers += len(inside) * r * (r if len(inside) == 1 else r + n)
         if r > MAX_DENSE or numbers > MAX_NUMBERS:
             raise TooManyLevels(r, numbers)
 
@@ -244,8 +265,8 @@ class _Builder:
             axis=-1,
         )
         d, abar, bbar, leaf_levels = self._leaves(G, r, k, columns)
-        A -= abar.swapaxes(1, 2) @ (d[:, :, None] * abar)
-        B -= abar.swapaxes(1, 2) @ (d[:, :, None] * bbar)
+        A -= abar.products(slice(None), d)
+        B -= abar.products(slice(None), d, bbar)
         flat = bbar.reshape(-1, k)
         taken = flat.T @ (d.reshape(-1, 1) * flat)
         block = None if self.leaf is None else self.terms[self.leaf].block
@@ -317,11 +338,11 @@ class _Builder:
 
     def _leaves(
         self, G: int, r: int, k: int, columns: Sequence[tuple[_Kind, Index]]
-    ) -> tuple[Floats, Floats, Floats, Index]:
+    ) -> tuple[Floats, DenseMeans | SparseMeans, Floats, Index]:
         """Sizes d (G, n), means abar (G, n, r) and bbar (G, n, k), and levels of the leaves."""
         if self.leaf is None:
             return (
-                np.zeros((G, 0)), np.zeros((G, 0, r)), np.zeros((G, 0, k)),
+                np.zeros((G, 0)), DenseMeans(np.zeros((G, 0, r))), np.zeros((G, 0, k)),
                 np.zeros((G, 0), np.intp),
             )  # fmt: skip
         placed, codes = self.placed[self.leaf], self.terms[self.leaf].codes[self.here]
@@ -333,17 +354,32 @@ class _Builder:
         column = sum(term.T.shape[1] for term in self.terms[: self.leaf])
         KtK, KtF = self.cells.KtK[self.here, column], self.cells.KtF[self.here, column]
         d = self._sum((G, n), [where], [KtK[:, column]], [used])
-        abar = self._sum(
-            (G, n, r),
-            [where * r + at for _, at in columns],
-            [KtK[:, kind.column] for kind, _ in columns],
-            [used & (at >= 0) for _, at in columns],
-        )
         bbar = np.stack(
             [self._sum((G, n), [where], [KtF[:, j]], [used]) for j in range(k)], axis=-1
         )
         inverse = np.divide(1.0, d, out=np.zeros_like(d), where=d > 0)[:, :, None]
-        return d, abar * inverse, bbar * inverse, levels.reshape(G, n)
+        sums = [(at, KtK[:, kind.column], used & (at >= 0)) for kind, at in columns]
+        means = self._means((G, n, r), where, sums, inverse)
+        return d, means, bbar * inverse, levels.reshape(G, n)
+
+    def _means(
+        self,
+        shape: tuple[int, int, int],
+        where: Index,
+        sums: Sequence[tuple[Index, Floats, NDArray[np.bool_]]],
+        inverse: Floats,
+    ) -> DenseMeans | SparseMeans:
+        """Means of the rest's columns over the leaves: (column, sum, whether) for each cell."""
+        G, n, r = shape
+        if G > 1 or r < SPARSE:
+            index = [where * r + at for at, _, _ in sums]
+            total = self._sum(shape, index, [v for _, v, _ in sums], [u for _, _, u in sums])
+            return DenseMeans(total * inverse)
+        rows = np.concatenate([where[u] for _, _, u in sums])
+        cols = np.concatenate([at[u] for at, _, u in sums])
+        values = np.concatenate([v[u] for _, v, u in sums])
+        sparse = coo_array((values, (rows, cols)), shape=(n, r)).tocsr()
+        return SparseMeans(sparse.multiply(inverse[0]).tocsr())
 
     def _rest_levels(
         self, spans: Sequence[Span], offsets: dict[int, int], G: int

@@ -317,7 +317,12 @@ class MixedLM(RowsOfModel):
             if found.summary.converged:
                 break
         assert found is not None
-        return self._result(found, full_output, stacklevel=3)
+        given = {
+            "fe_pen": fe_pen,
+            "cov_pen": cov_pen,
+            "free": None if free is None else free.copy(),
+        }
+        return self._result(found, full_output, given, stacklevel=3)
 
     def _fit(
         self,
@@ -433,9 +438,11 @@ class MixedLM(RowsOfModel):
             self._prepared, free._estimates, alpha, 1.0 if method.lower() == "l1" else l1_ratio,
             ceps, ptol, maxit,
         )  # fmt: skip
-        return self._result(found, False, stacklevel=3)
+        return self._result(found, False, {}, stacklevel=3)
 
-    def _result(self, found: Estimates, full_output: bool, stacklevel: int) -> MixedLMResults:
+    def _result(
+        self, found: Estimates, full_output: bool, given: Mapping[str, Any], stacklevel: int
+    ) -> MixedLMResults:
         if not found.summary.converged:
             warnings.warn(
                 f"the fit is not certified as an optimum: {found.summary.reason}; "
@@ -456,8 +463,9 @@ class MixedLM(RowsOfModel):
                     "allvecs": [np.array(step.theta) for step in summary.path],
                 },
             )
+        options = {"use_sqrt": self.use_sqrt, **given}
         return MixedLMResults(
-            self._prepared, found, self._names, self.source, self.client, self, history
+            self._prepared, found, self._names, self.source, self.client, self, history, options
         )
 
 
@@ -538,7 +546,7 @@ def lmer(
     found = model._fit(
         bool(reml), Search(name, None, None, callback), None, None, True, Penalties()
     )
-    return model._result(found, False, stacklevel=3)
+    return model._result(found, False, {}, stacklevel=3)
 
 
 def _refuse(unknown: Mapping[str, Any]) -> None:

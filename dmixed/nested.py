@@ -23,6 +23,7 @@ contributes log 1 = 0 and P = Q = 0 exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,51 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class DenseMeans:
+    """Means abar of the rest's columns over the leaves, (G, n, r)."""
+
+    values: Floats
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Clusters, leaves, columns."""
+        return self.values.shape
+
+    def products(self, groups: slice, weights: Floats, right: Floats | None = None) -> Floats:
+        """Sum over leaves of weights (g, n) times abar right', (g, r, c); abar by default."""
+        abar = self.values[groups]
+        return np.asarray(_T(weights[:, :, None] * abar) @ (abar if right is None else right))
+
+    def times(self, groups: slice, E: Floats) -> Floats:
+        """``abar E`` (g, n, c) for E (g, r, c)."""
+        return np.asarray(self.values[groups] @ E)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseMeans:
+    """The same for one cluster of crossed factors, where most means are zero."""
+
+    matrix: Any  # scipy.sparse.csr_array (n, r)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Clusters, leaves, columns."""
+        return (1, *self.matrix.shape)
+
+    def products(self, groups: slice, weights: Floats, right: Floats | None = None) -> Floats:
+        """See `DenseMeans.products`."""
+        del groups
+        left = self.matrix.T.multiply(weights[0]).tocsr()
+        found = left @ (self.matrix if right is None else right[0])
+        return np.asarray(found.toarray() if right is None else found)[None]
+
+    def times(self, groups: slice, E: Floats) -> Floats:
+        """See `DenseMeans.times`."""
+        del groups
+        return np.asarray(self.matrix @ E[0])[None]
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """Clusters of about equal numbers of levels, padded with zeros to the same shape.
 
@@ -83,7 +129,7 @@ class Bucket:
     A: Floats
     B: Floats
     d: Floats
-    abar: Floats
+    abar: DenseMeans | SparseMeans
     bbar: Floats
     clusters: np.ndarray
     rest_levels: tuple[np.ndarray, ...]
@@ -127,20 +173,18 @@ class Solved:
     E: Floats  # (g, r, k)
     rho: Floats  # (g, n, k)
 
-    @property
-    def abar(self) -> Floats:
-        """Means of the rest's columns over the leaves (g, n, r)."""
-        return self.bucket.abar[self.groups]
+    def products(self, weights: Floats, right: Floats | None = None) -> Floats:
+        """See `DenseMeans.products`."""
+        return self.bucket.abar.products(self.groups, weights, right)
 
 
 def solve(blocks: Blocks, bucket: Bucket, root: Floats, groups: slice) -> Solved:
     """Solve a slice of the clusters at Psi = root root' (q, q)."""
-    d, abar, bbar = bucket.d[groups], bucket.abar[groups], bucket.bbar[groups]
+    d, bbar = bucket.d[groups], bucket.bbar[groups]
     tau2 = 0.0 if bucket.leaf is None else float(root[(blocks.slices[bucket.leaf].start,) * 2] ** 2)
     om = d / (1.0 + tau2 * d)
-    weighted = om[:, :, None] * abar
-    A1 = bucket.A[groups] + _T(abar) @ weighted
-    B1 = bucket.B[groups] + _T(weighted) @ bbar
+    A1 = bucket.A[groups] + bucket.abar.products(groups, om)
+    B1 = bucket.B[groups] + bucket.abar.products(groups, om, bbar)
     LtA1 = scaled(blocks, bucket.spans, root, A1)
     K = _T(scaled(blocks, bucket.spans, root, _T(LtA1)))
     r = K.shape[1]
@@ -149,7 +193,9 @@ def solve(blocks: Blocks, bucket: Bucket, root: Floats, groups: slice) -> Solved
     logdet = float(np.log1p(tau2 * d).sum() + 2.0 * np.log(diagonal).sum())
     z = _solve(K, scaled(blocks, bucket.spans, root, B1))
     E = scaled(blocks, bucket.spans, root.T, z)
-    return Solved(bucket, groups, logdet, om, A1, B1, LtA1, K, z, E, bbar - abar @ E)
+    return Solved(
+        bucket, groups, logdet, om, A1, B1, LtA1, K, z, E, bbar - bucket.abar.times(groups, E)
+    )
 
 
 def _T(M: Floats) -> Floats:
@@ -301,16 +347,14 @@ class _Leaf:
     @classmethod
     def of(cls, blocks: Blocks, at: Solved, root: Floats) -> _Leaf:
         assert at.bucket.leaf is not None
-        om2 = (at.om * at.om)[:, :, None]
-        squared = om2 * at.abar
-        cubed = at.om[:, :, None] * squared
+        om2 = at.om * at.om
         return cls(
             at,
             _pairs_of(blocks, at.bucket.leaf)[0][0],
             predictor(blocks, at, root),
-            _T(at.abar) @ squared,
-            _T(at.abar) @ cubed,
-            _T(squared) @ at.rho,
+            at.products(om2),
+            at.products(at.om * om2),
+            at.products(om2, at.rho),
         )
 
     def first(self, first: Floats, dF: Floats) -> None:

@@ -121,9 +121,7 @@ def prepare(moments: Moments) -> Prepared:
     )
 
 
-def _check_single_rows(
-    moments: Moments, bars: Sequence[BarDesign], terms: Sequence[Term]
-) -> None:
+def _check_single_rows(moments: Moments, bars: Sequence[BarDesign], terms: Sequence[Term]) -> None:
     """Refuse an intercept per row beside other factors: it is the error under another name."""
     if len(bars) == 1 or moments.spec.weights is not None:
         return  # alone it is found by its flat likelihood; weights tell the two apart

@@ -38,6 +38,7 @@ class MixedLMResults(Estimated):
     _client: Any = field(repr=False, default=None)
     _model: Any = field(repr=False, default=None)
     _history: tuple[Any, ...] | None = field(repr=False, default=None)
+    _given: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the rows, the connection and what is cheap to compute again."""
@@ -66,6 +67,27 @@ class MixedLMResults(Estimated):
         if self._model is None:
             raise AttributeError("a stored result has no model: the rows do not travel with it")
         return self._model
+
+    @property
+    def use_sqrt(self) -> bool:
+        """Whether vectors of the model's parameters hold roots."""
+        return bool(self._given.get("use_sqrt", True))
+
+    @property
+    def cov_pen(self) -> Any:
+        """The penalty on ``cov_re`` of the fit, or None."""
+        return self._given.get("cov_pen")
+
+    @property
+    def fe_pen(self) -> Any:
+        """The penalty on the fixed effects of the fit, or None."""
+        return self._given.get("fe_pen")
+
+    @property
+    def freepat(self) -> Any:
+        """Which parameters were free in the fit, as given; None: all."""
+        free = self._given.get("free")
+        return None if free is None else free.copy()
 
     @property
     def hist(self) -> list[dict[str, Any]]:

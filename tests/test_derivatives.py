@@ -7,8 +7,6 @@ profiled or given fixed effects, and parameterisation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 from oracle import (
@@ -74,12 +72,12 @@ def matrices(kind):
     for g in range(GROUPS):
         n = np.count_nonzero(codes == g)
         if kind == "leaves":
-            found.append(indicator(rng, n, 2 + g % 4))
+            found.append(indicator(rng, n, (2, 5, 2, 6)[g % 4]))
         elif kind == "weighted":
             weight = rng.uniform(0.3, 2, n) * (rng.uniform(size=n) > 0.15)  # some rows: no effect
-            found.append(indicator(rng, n, 1 + g % 3) * weight[:, None])
+            found.append(indicator(rng, n, (1, 3)[g % 2]) * weight[:, None])
         else:
-            found.append(rng.normal(0.4, 1, (n, 1 + (g + 1) % 3)))
+            found.append(rng.normal(0.4, 1, (n, 1 + g % 3)))
     return found
 
 
@@ -170,18 +168,16 @@ def test_a_component_of_indicators_is_a_bar():
 @every_size
 def test_loglike_against_the_dense_oracle(k_re, k_vc, reml, profile_fe):
     """To 1e-9 in the deviance, that is 5e-10 in the log-likelihood."""
-    for rank in ("full", "singular", "zero"):
-        for scale in (0.05, 1.0, 5.0):
-            at = point(k_re, k_vc, rank, scale)
-            want = oracle(k_re, k_vc, at, reml, profile_fe)
-            for use_sqrt in (True, False):
-                model = model_of(k_re, k_vc, use_sqrt)
-                got = model.loglike(at, profile_fe, reml=reml)
-                assert got == pytest.approx(want, abs=5e-10, rel=0)
-                if not (use_sqrt and rank == "singular"):  # a root of it is right to 1e-8 only
-                    packed = at.get_packed(use_sqrt, has_fe=not profile_fe)
-                    got = model.loglike(packed, profile_fe, reml=reml)
-                    assert got == pytest.approx(want, abs=5e-10, rel=0)
+    for rank, scale in (("full", 0.05), ("full", 1.0), ("full", 5.0), ("singular", 1), ("zero", 1)):
+        at = point(k_re, k_vc, rank, scale)
+        want = oracle(k_re, k_vc, at, reml, profile_fe)
+        for use_sqrt in (True, False):
+            model = model_of(k_re, k_vc, use_sqrt)
+            packed = at.get_packed(use_sqrt, has_fe=not profile_fe)
+            got = model.loglike(packed, profile_fe, reml=reml)
+            assert got == pytest.approx(want, abs=5e-10, rel=0)
+        got = model.loglike(at, profile_fe, reml=reml)
+        assert got == pytest.approx(want, abs=5e-10, rel=0)
 
 
 @every_size
@@ -221,13 +217,20 @@ def assert_close(got, want, tol=1e-6):
     assert np.all(np.abs(got - want) <= tol * size)
 
 
-def in_parts(values, k_re):
-    return np.split(values, [3, 3 + k_re * (k_re + 1) // 2])
-
-
 def steps(packed):
     """Scales on which the likelihood varies: a coordinate itself, or 0.3 near zero."""
     return np.maximum(np.abs(packed), 0.3)
+
+
+@functools.cache
+def differences(k_re, k_vc, reml, profile_fe, use_sqrt):
+    """Differences of a model's ``loglike`` and of its ``score``, at ``point(k_re, k_vc)``."""
+    model = model_of(k_re, k_vc, use_sqrt)
+    v = point(k_re, k_vc).get_packed(use_sqrt, has_fe=not profile_fe)
+    return (
+        difference(lambda v: model.loglike(v, profile_fe, reml=reml), v, steps(v)),
+        difference(lambda v: model.score(v, profile_fe, reml=reml), v, steps(v)),
+    )
 
 
 @root_or_not
@@ -235,48 +238,37 @@ def steps(packed):
 @every_criterion
 @every_size
 def test_derivatives_against_differences(k_re, k_vc, reml, profile_fe, use_sqrt):
-    model = model_of(k_re, k_vc, use_sqrt)
-    at = point(k_re, k_vc)
-
-    def unpacked(v: np.ndarray, root: bool) -> MixedLMParams:
-        return MixedLMParams.from_packed(v, 3, k_re, root, True)
-
+    model, at = model_of(k_re, k_vc, use_sqrt), point(k_re, k_vc)
     packed = at.get_packed(use_sqrt, has_fe=not profile_fe)
-    score = functools.partial(model.score, profile_fe=profile_fe, reml=reml)
-    slope = difference(lambda v: model.loglike(v, profile_fe, reml=reml), packed, steps(packed))
-    assert_close(score(packed), slope)
-    assert_close(score(at), slope)
-    curvature = difference(score, packed, steps(packed))
+    slope, curvature = differences(k_re, k_vc, reml, profile_fe, use_sqrt)
+    assert_close(model.score(packed, profile_fe, reml=reml), slope)
+    assert_close(model.score(at, profile_fe, reml=reml), slope)
     if profile_fe:
         hessian = model.profile_hessian(packed, reml=reml)
         assert_close(hessian, curvature)
-        assert_close(hessian, hessian.T, 1e-12)
+        assert_close(hessian, hessian.T, 1e-10)
         return
+    # the same function of other coordinates, whatever those of the model
     for root, function in ((False, model.score_full), (True, model.score_sqrt)):
-        v = at.get_packed(root, has_fe=True)
-        f: Callable = functools.partial(unpacked, root=root)
-        slope = difference(lambda v, f=f: model.loglike(f(v), False, reml=reml), v, steps(v))
-        assert_close(np.concatenate(function(at, reml=reml)), slope)
+        slope, _ = differences(k_re, k_vc, reml, False, root)
+        parts = function(packed, reml=reml)
+        assert [len(x) for x in parts] == [3, k_re * (k_re + 1) // 2, k_vc]
+        assert_close(np.concatenate(parts), slope)
         fe, re, vc = function(packed, calc_fe=False, reml=reml)
         assert np.array_equal(fe, np.zeros(3))
-        for part, want in zip((re, vc), in_parts(slope, k_re)[1:], strict=True):
-            assert part.shape == want.shape
         assert_close(np.concatenate([re, vc]), slope[3:])
-    v = at.get_packed(False, has_fe=True)
-    curvature = difference(
-        lambda v: np.concatenate(model.score_full(unpacked(v, False), reml=reml)), v, steps(v)
-    )
+    _, curvature = differences(k_re, k_vc, reml, False, False)
     hessian, singular = model.hessian(packed, reml=reml)
     assert_close(hessian, curvature)
-    assert_close(hessian, hessian.T, 1e-12)
+    assert_close(hessian, hessian.T, 1e-10)
     assert not singular
 
 
-@root_or_not
 @every_criterion
-@pytest.mark.parametrize(("k_re", "k_vc"), [(2, 0), (0, 3), (2, 2)])
-def test_hessians_against_differences_of_values_alone(k_re, k_vc, reml, use_sqrt):
+@pytest.mark.parametrize(("k_re", "k_vc"), [(2, 0), (0, 2), (2, 1)])
+def test_hessians_against_differences_of_values_alone(k_re, k_vc, reml):
     """Two steps lose more: eps^(2/3) of the value, about 1e-8 here."""
+    use_sqrt = not reml
     model, at = model_of(k_re, k_vc, use_sqrt), point(k_re, k_vc)
     packed = at.get_packed(use_sqrt)
     want = second_difference(lambda v: model.loglike(v, reml=reml), packed, steps(packed))

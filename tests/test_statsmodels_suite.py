@@ -37,8 +37,9 @@ EXPECTED_FAILURES = {
     ),
     "test_summary_after_remove_data": "class: it wants statsmodels' Summary",
     "test_summary_col": (
-        "F14: standard errors of fixed effects include the observed cross-information with the "
-        "variances, whose expectation is zero; here, as in lme4, they are those of GLS"
+        "definition: it wants standard errors of fixed effects from the inverse of the whole "
+        "Hessian, with the observed cross-information of the variances; here, as in lme4, they "
+        "are those of generalised least squares"
     ),
 }
 

@@ -1,8 +1,9 @@
 """From a formula and batches of rows to carried columns, and back to the model's columns.
 
-`specify` decides, from a pilot sample, what every batch is turned into; `block` does it, on the
-workers; `learn` says after the pass which linear combinations of the carried columns are the
-columns of the model; `matrix` evaluates those on any rows.
+`specify` decides, from a pilot sample, what every batch is turned into (`specification`: from the
+types of the columns alone); `block` does it, on the workers; `learn` says after the pass which
+linear combinations of the carried columns are the columns of the model; `matrix` evaluates those
+on any rows.
 """
 
 from dmixed.design.batches import Batch, block
@@ -16,7 +17,7 @@ from dmixed.design.recoding import (
     learn,
     merge_levels,
 )
-from dmixed.design.spec import DesignSpec, Key, RandomTerm, specify
+from dmixed.design.spec import DesignSpec, Key, RandomTerm, specification, specify
 
 __all__ = [
     "BarDesign",
@@ -33,5 +34,6 @@ __all__ = [
     "learn",
     "matrix",
     "merge_levels",
+    "specification",
     "specify",
 ]

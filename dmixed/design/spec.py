@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -199,15 +199,14 @@ def specify(
     DataError
         a column is not there, or its type cannot be used where the formula has it
     """
-    _check_options(missing, context)
     formula = formula.resolved(pilot.column_names)
     rows = Rows(pilot, context or {})
     text = frozenset(x for x in formula.columns if kind_of(rows.column(x).type) == "category")
-    fixed = span(formula.fixed, text)
-    keys, terms = _random(formula.bars, text)
-    inputs, fixed_inputs, needs = _plan(formula, text, fixed, terms)
-    values = {x.name: _pilot_values(rows, x) for x in inputs}
-    for key in keys:
+    spec = specification(
+        formula, text, weights=weights, offset=offset, missing=missing, context=context
+    )
+    values = {x.name: _pilot_values(rows, x) for x in spec.inputs}
+    for key in spec.keys:
         if not isinstance(key.node, Name):
             rows.key(key.node)
     for name in (weights, offset):
@@ -216,13 +215,42 @@ def specify(
     if offset is not None:
         with np.errstate(over="ignore"):  # such rows are refused, or are not used
             values[RESPONSE] = values[RESPONSE] - rows.number(offset)
-    numeric = {x.name: values[x.name] for x in inputs if isinstance(x, Variable)}
-    frame = frame_of(numeric, formula.response_text)
+    numeric = {x.name: values[x.name] for x in spec.variables}
+    return replace(spec, frame=frame_of(numeric, formula.response_text))
+
+
+def specification(
+    formula: ParsedFormula,
+    text_columns: frozenset[str],
+    *,
+    weights: str | None = None,
+    offset: str | None = None,
+    missing: str = "drop",
+    context: Context | None = None,
+) -> DesignSpec:
+    """What a formula asks for once it is known which columns are categories.
+
+    Shifts are 0 and scales 1.
+
+    Parameters
+    ----------
+    formula
+        with ``pi`` decided
+    text_columns
+        data columns that are categories by their type
+    weights, offset, missing, context
+        see `specify`
+    """
+    _check_options(missing, context)
+    fixed = span(formula.fixed, text_columns)
+    keys, terms = _random(formula.bars, text_columns)
+    inputs, fixed_inputs, needs = _plan(formula, text_columns, fixed, terms)
+    variables = tuple(x.name for x in inputs if isinstance(x, Variable))
     extra = [x for x in (weights, offset) if x is not None]
     return DesignSpec(
         formula,
-        text,
-        frame,
+        text_columns,
+        Frame(variables, (0.0,) * len(variables), (1.0,) * len(variables)),
         inputs,
         fixed_inputs,
         fixed,

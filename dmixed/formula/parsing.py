@@ -27,6 +27,25 @@ from dmixed.formula.vocabulary import STRUCTURED
 
 
 @dataclass(frozen=True, slots=True)
+class Words:
+    """What statsmodels' words say beside the text of the response and the fixed part.
+
+    Attributes
+    ----------
+    groups
+        columns that name the groups
+    re_formula
+        terms of the random coefficients, or None
+    vc_formula
+        names and terms of the variance components, sorted
+    """
+
+    groups: tuple[str, ...]
+    re_formula: str | None
+    vc_formula: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedFormula:
     """A formula, read.
 
@@ -42,6 +61,8 @@ class ParsedFormula:
         random coefficients of any grouping factors; bars of one factor have the same `Bar.group`
     columns
         data columns used, those of keys too, in order, without ``pi`` where it may be the number
+    words
+        what `parse_parts` was given beside the text; None for a formula of lme4's, which is whole
     """
 
     text: str
@@ -49,6 +70,7 @@ class ParsedFormula:
     fixed: tuple[Term, ...]
     bars: tuple[Bar, ...]
     columns: tuple[str, ...]
+    words: Words | None = None
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -80,7 +102,7 @@ class ParsedFormula:
                 near = difflib.get_close_matches(name, [str(x) for x in available], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise DataError(f"the data have no column {name!r}, which the formula uses{hint}")
-        return ParsedFormula(self.text, response, terms, bars, columns)
+        return replace(self, response=response, fixed=terms, bars=bars, columns=columns)
 
     def terms(self) -> Iterator[Term]:
         """All terms, those of the bars too."""
@@ -185,7 +207,8 @@ def parse_parts(
             f"vc_formula: a component is called {':'.join(group)!r}, as the groups are, which have "
             "random coefficients of their own; give it another name"
         )
-    return _parsed(fixed, left, right, bars, context)
+    words = Words(group, re_formula, tuple(sorted((vc_formula or {}).items())))
+    return replace(_parsed(fixed, left, right, bars, context), words=words)
 
 
 def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token]]:

@@ -132,10 +132,22 @@ def _bucket_covariances(
             out[levels[groups][met]] = np.einsum("gtatb->gtab", own)[met]
         if part.leaf == block:
             tau2 = _leaf_variance(problem, block, root)
-            spread = np.einsum("gnr,grs,gns->gn", at.abar, M, at.abar, optimize=True)
+            spread = _spread(part, groups, M)
             variance = tau2 / (1.0 + tau2 * part.d[groups]) + (tau2 * at.om) ** 2 * spread
             met = part.leaf_levels[groups] >= 0
             out[part.leaf_levels[groups][met], 0, 0] = variance[met]
+
+
+def _rows(part: Bucket, groups: slice) -> Floats:
+    """The leaves' means abar (g, n, r), dense."""
+    eye = np.eye(part.A.shape[1])
+    count = len(range(*groups.indices(part.n_groups)))
+    return part.abar.times(groups, np.broadcast_to(eye, (count, *eye.shape)))
+
+
+def _spread(part: Bucket, groups: slice, M: Floats) -> Floats:
+    """``abar'M abar`` of each leaf, (g, n)."""
+    return np.asarray(np.einsum("gnr,gnr->gn", part.abar.times(groups, M), _rows(part, groups)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +196,7 @@ def _bucket_joint(
         scales.append(np.asarray(np.kron(np.eye(span.levels), _to_user(problem, span.block))))
     cov = M
     if part.leaf is not None:
-        tau2, om, abar = _leaf_variance(problem, part.leaf, root), at.om[0], at.abar[0]
+        tau2, om, abar = _leaf_variance(problem, part.leaf, root), at.om[0], _rows(part, one)[0]
         P_lr = tau2 * om[:, None] * abar
         leaves = np.diag(tau2 / (1.0 + tau2 * part.d[position])) + P_lr @ M @ P_lr.T
         cov = np.block([[M, -M @ P_lr.T], [-P_lr @ M, leaves]])
