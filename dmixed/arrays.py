@@ -167,6 +167,50 @@ def _shown_names(columns: Sequence[Any], stem: str) -> list[str]:
     return names
 
 
+# --------------------------------------------------------------- columns given as arrays
+
+
+def with_groups(data: Any, groups: Any) -> tuple[Any, str | Sequence[str]]:
+    """Table and name of the groups' column, which an array becomes."""
+    if groups is None:
+        raise DataError("groups= is needed: the column that names the groups, or an array")
+    if isinstance(groups, str) or (
+        isinstance(groups, list | tuple) and all(isinstance(x, str) for x in groups)
+        and (not hasattr(data, "__len__") or len(groups) != len(data))
+    ):  # fmt: skip
+        return data, groups
+    if not isinstance(data, pd.DataFrame):
+        raise DataError("groups as an array needs a pandas DataFrame: else give the column's name")
+    values = pd.Series(aligned(groups, data.index, "groups")).array
+    if len(values) != len(data):
+        raise DataError(f"groups has length {len(values)}, the data have {len(data)} rows")
+    name = "Group"
+    while name in data.columns:
+        name += "_"
+    return data.assign(**{name: values}), name
+
+
+def with_columns(data: Any, extra: Mapping[str, Any]) -> tuple[Any, dict[str, str | None]]:
+    """Name the columns of weights and offset; arrays become columns of data in memory."""
+    names: dict[str, str | None] = {}
+    for role, given in extra.items():
+        if given is None or isinstance(given, str):
+            names[role] = given
+            continue
+        if not isinstance(data, pd.DataFrame):
+            raise DataError(
+                f"{role} as an array needs a pandas DataFrame: for other data give the name of a "
+                "column"
+            )
+        values = np.asarray(aligned(given, data.index, role))
+        if values.shape != (len(data),):
+            raise DataError(f"{role} has shape {values.shape}, the data have {len(data)} rows")
+        name = f"({role})"
+        data = data.assign(**{name: values})
+        names[role] = name
+    return data, names
+
+
 # --------------------------------------------------------------- variance components
 
 
@@ -183,6 +227,13 @@ def _components(given: Any, groups: pd.Series, columns: dict[str, Any], n: int) 
         given = _from_mapping(given, list(positions))
     if not all(hasattr(given, attribute) for attribute in ("names", "colnames", "mats")):
         raise DataError(f"exog_vc must be a VCSpec, not {type(given).__name__}")
+    names = [str(name) for name in given.names]
+    if not len(names) == len(given.colnames) == len(given.mats):
+        raise DataError(
+            f"exog_vc has {len(names)} names, {len(given.colnames)} lists of column names and "
+            f"{len(given.mats)} lists of matrices: it needs one of each for every component"
+        )
+    _refuse_twins(names, "exog_vc has two components called")
     formulas = {}
     for name, colnames, mats in zip(given.names, given.colnames, given.mats, strict=True):
         if len(mats) != len(positions) or len(colnames) != len(mats):
@@ -204,9 +255,11 @@ def _from_mapping(given: Mapping[Any, Any], labels: Sequence[Any]) -> VCSpec:
     mats, colnames = [], []
     for name in names:
         own = given[name]
-        missing = [label for label in labels if label not in own]
-        if missing:
-            raise DataError(f"exog_vc: component {name!r} has no matrix for group {missing[0]!r}")
+        for label in labels:
+            if label not in own:
+                raise DataError(f"exog_vc: component {name!r} has no matrix for group {label}")
+        for label in own.keys() - set(labels):
+            raise DataError(f"exog_vc: component {name!r} has a matrix for {label!r}, no group")
         mats.append([own[label] for label in labels])
         colnames.append([[f"{name}[{j}]" for j in range(np.shape(m)[1])] for m in mats[-1]])
     return VCSpec(names, colnames, mats)
@@ -228,14 +281,25 @@ def _block(name: Any, label: Any, mat: Any, names: Sequence[str], rows: Any) -> 
     if matrix.ndim != 2 or matrix.shape[0] != len(rows):
         raise DataError(
             f"exog_vc: component {name!r} has a matrix of shape {matrix.shape} for group "
-            f"{label!r}, which has {len(rows)} rows"
+            f"{label}, which has {len(rows)} rows"
         )
     if len(names) != matrix.shape[1]:
         raise DataError(
             f"exog_vc: component {name!r} has {len(names)} names for {matrix.shape[1]} columns "
-            f"in group {label!r}"
+            f"in group {label}"
         )
-    return _Block(rows, matrix, [str(x) for x in names])
+    if matrix.dtype.kind not in "biuf":
+        raise DataError(f"exog_vc: component {name!r} has a matrix of type {matrix.dtype}")
+    own = [str(x) for x in names]
+    _refuse_twins(own, f"exog_vc: component {name!r} has, in group {label}, two columns called")
+    return _Block(rows, matrix, own)
+
+
+def _refuse_twins(names: Sequence[str], complaint: str) -> None:
+    """Refuse a name that is there twice."""
+    if len(set(names)) < len(names):
+        twin = next(name for i, name in enumerate(names) if name in names[:i])
+        raise DataError(f"{complaint} {twin!r}: rename one")
 
 
 def _component(name: str, blocks: Sequence[_Block], columns: dict[str, Any], n: int) -> str:

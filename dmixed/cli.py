@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
@@ -28,6 +27,7 @@ import dmixed
 from dmixed import example
 from dmixed.errors import ConvergenceWarning, DmixedError
 from dmixed.optimizer import SCIPY_METHODS, Step
+from dmixed.records import check_free, new_directory
 from dmixed.results import MixedLMResults
 
 RESULT, RANDOM_EFFECTS = "result.json", "random_effects.parquet"
@@ -292,14 +292,7 @@ def _check_out(out: str) -> None:
         )
     with _errors_in_one_line():
         path = Path(out).resolve()
-        if path.exists():
-            if not path.is_dir():
-                raise DmixedError(f"--out {out}: exists and is not a directory")
-            if any(path.iterdir()):
-                raise DmixedError(
-                    f"--out {out}: the directory is not empty; results are never overwritten, "
-                    "give a new directory"
-                )
+        check_free(path, f"--out {out}")
         parent = next(place for place in (path, *path.parents) if place.exists())
         try:
             os.rmdir(tempfile.mkdtemp(prefix=".dmixed.", dir=parent))
@@ -323,31 +316,20 @@ def write_result(result: MixedLMResults, out: Path) -> None:
 
     Raises
     ------
+    DataError
+        there is something already
     OSError
         the directory cannot be written; nothing is left behind
     """
-    out = out.resolve()
-    exists = out.exists()
-    if not exists:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out if exists else out.parent))
-    try:
+    with new_directory(out, RESULT) as folder:
         tables = _effect_tables(result)
         for name, effects in tables.items():
             taken = set(effects.columns)
             effects.index.names = [f"group {n}" if n in taken else n for n in effects.index.names]
-            effects.reset_index().to_parquet(staging / name, index=False)
+            effects.reset_index().to_parquet(folder / name, index=False)
         record = {**result.to_dict(), "random_effects": list(tables)}
         text = json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False)
-        (staging / RESULT).write_text(text + "\n", encoding="utf-8")
-        if exists:
-            for name in (*tables, RESULT):
-                (staging / name).replace(out / name)
-        else:
-            staging.chmod(0o777 & ~_umask())
-            staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        (folder / RESULT).write_text(text + "\n", encoding="utf-8")
 
 
 def _effect_tables(result: MixedLMResults) -> dict[str, pd.DataFrame]:
@@ -373,10 +355,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -53,7 +53,9 @@ class Estimated:
 
     @property
     def formula(self) -> str:
-        """The model's formula as given."""
+        """The model's formula as given; of a model of arrays, its columns."""
+        if self._names.fixed is not None:
+            return f"{self.endog_name} ~ {' + '.join(self._names.fixed) or '0'}"
         return str(self._prepared.design.spec.formula.text)
 
     @property
@@ -271,7 +273,11 @@ class Estimated:
         return made
 
     def cov_params(self, r_matrix: Any = None) -> Any:
-        """Covariance of ``params`` (ratio scale); fixed effects and variances uncorrelated.
+        """Covariance of ``params`` (ratio scale): the inverse of minus the Hessian, as statsmodels.
+
+        The fixed effects' part allows for the estimation of the variances, ``cov_fe`` plus
+        (d beta / d Psi) cov(Psi) (d beta / d Psi)'; tests, ``bse_fe`` and ``summary()`` are given
+        the variances, as lme4's. NaN where a variance is at its boundary or held.
 
         Parameters
         ----------
@@ -291,10 +297,17 @@ class Estimated:
 
     @property
     def _cov_ratio(self) -> NDArray[np.float64]:
-        return _diagonal(self._estimates.cov_beta, self._estimates.variances.cov_ratio)
+        found = self._estimates
+        ratio, p = found.variances.cov_ratio, len(found.beta)
+        cov = _diagonal(found.cov_beta, ratio)
+        cross = found.beta_slope @ np.nan_to_num(ratio)
+        cov[:p, :p] += cross @ found.beta_slope.T
+        cov[:p, p:] = np.where(np.isnan(np.diag(ratio)), np.nan, cross)
+        cov[p:, :p] = cov[:p, p:].T
+        return cov
 
     def cov_params_user(self) -> pd.DataFrame:
-        """Covariance of ``params_user``, from the joint information with ``scale``."""
+        """Covariance of ``params_user``: ``cov_fe``, and the joint information with ``scale``."""
         variances = self._estimates.variances.cov_user[:-1, :-1] * self.scale**2
         cov = _diagonal(self._estimates.cov_beta, variances)
         return pd.DataFrame(cov, self._all_names, self._all_names)

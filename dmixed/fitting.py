@@ -14,6 +14,7 @@ from dmixed.covariance import Blocks, root_derivatives
 from dmixed.errors import DataError
 from dmixed.executor import Evaluator, one_blas_thread
 from dmixed.factors import Problem
+from dmixed.inference.joint import beta_slope
 from dmixed.inference.variances import VarianceEstimates, variance_estimates
 from dmixed.likelihood import (
     Criterion,
@@ -66,8 +67,14 @@ class Estimates:
         see `VarianceEstimates`
     summary
         how the optimum was found
+    beta_slope
+        (p, m): derivative of beta along the entries of Psi
     free_beta, free_pairs
         (p,), (m,) which fixed effects and entries of Psi were estimated; None: all
+    shrunk
+        (p,) fixed effects that a penalty has put to zero; None: none was
+    penalised
+        the likelihood was penalised
     """
 
     reml: bool
@@ -80,13 +87,17 @@ class Estimates:
     theta: Floats
     variances: VarianceEstimates
     summary: OptimizeSummary
+    beta_slope: Floats
     free_beta: np.ndarray | None = None
     free_pairs: np.ndarray | None = None
+    shrunk: np.ndarray | None = None
+    penalised: bool = False
 
     @property
     def n_free(self) -> int:
         """Estimated parameters, sigma2 included."""
         beta = len(self.beta) if self.free_beta is None else int(self.free_beta.sum())
+        beta -= 0 if self.shrunk is None else int(self.shrunk.sum())
         pairs = len(self.variances.cov_ratio)
         return 1 + beta + (pairs if self.free_pairs is None else int(self.free_pairs.sum()))
 
@@ -339,6 +350,7 @@ def estimates_at(
         theta=factors.blocks.theta(variances.root),
         variances=variances,
         summary=summary,
+        beta_slope=beta_slope(problem, at),
     )
 
 

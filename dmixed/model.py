@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,25 +12,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmixed.arrays import aligned, array_model
+from dmixed.arrays import array_model, with_columns, with_groups
 from dmixed.blocks import Floats
 from dmixed.caller import joined
 from dmixed.collect import Moments
-from dmixed.constrained import Held, Penalties, fit_constrained
 from dmixed.design import DesignSpec, specify
-from dmixed.errors import ConvergenceWarning, DataError
+from dmixed.errors import DataError
 from dmixed.executor import Progress, collect, find_client
-from dmixed.fitting import Estimates, Search, evaluate, fit
+from dmixed.fits import FitsOfModel
+from dmixed.fitting import Search, evaluate
 from dmixed.formula import ParsedFormula, parse, parse_parts
-from dmixed.methods import search_methods, settings_of
+from dmixed.held import Penalties
+from dmixed.methods import search_methods
 from dmixed.moments import better_frame
 from dmixed.naming import Names
 from dmixed.optimizer import Step
-from dmixed.params import MixedLMParams, VCSpec
+from dmixed.params import VCSpec
 from dmixed.preparation import Prepared, prepare
-from dmixed.regularized import fit_elastic_net
 from dmixed.results import MixedLMResults
-from dmixed.rows import RowsOfModel
 from dmixed.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -42,7 +40,7 @@ PILOT_ROWS = 2_000
 _IN_MEMORY = ("pandas", "polars", "arrow")
 
 
-class MixedLM(RowsOfModel):
+class MixedLM(FitsOfModel):
     """A linear mixed model on some rows: ``y = X beta + Z b + sum V_l u_l + e``, b per group.
 
     Parameters
@@ -148,8 +146,10 @@ class MixedLM(RowsOfModel):
         _refuse(unknown)
         texts = [formula, re_formula, *(vc_formula or {}).values()]
         own = joined(context, sys._getframe(1), [t for t in texts if isinstance(t, str)])
-        data, key = _with_groups(data, groups)
+        data, key = with_groups(data, groups)
         if subset is not None:
+            data, names = with_columns(data, {"weights": weights, "offset": offset})
+            weights, offset = names["weights"], names["offset"]
             if not isinstance(data, pd.DataFrame):
                 raise DataError(
                     "subset= needs a pandas DataFrame: filter other data before the fit"
@@ -180,7 +180,7 @@ class MixedLM(RowsOfModel):
     ) -> None:
         if missing not in ("drop", "raise", "none"):
             raise DataError(f'missing={missing!r}: must be "drop", "raise" or "none"')
-        data, names = _with_columns(data, {"weights": weights, "offset": offset})
+        data, names = with_columns(data, {"weights": weights, "offset": offset})
         self.parsed: ParsedFormula = formula
         self.client = find_client(client)
         self.source: Source = open_source(data, storage_options)
@@ -244,229 +244,6 @@ class MixedLM(RowsOfModel):
         value, gradient (m,), hessian (m, m)
         """
         return evaluate(self._prepared, theta, reml)
-
-    # ------------------------------------------------------------------ fits
-
-    def fit(
-        self,
-        start_params: Any = None,
-        reml: bool = True,
-        niter_sa: int = 0,
-        do_cg: bool = True,
-        fe_pen: Any = None,
-        cov_pen: Any = None,
-        free: MixedLMParams | None = None,
-        full_output: bool = False,
-        method: str | Sequence[str] | None = None,
-        *,
-        callback: Callable[[int, Step], None] | None = None,
-        **fit_kwargs: Any,
-    ) -> MixedLMResults:
-        """Fit by REML or ML.
-
-        Parameters
-        ----------
-        start_params
-            `MixedLMParams`, or a vector of the covariance parameters (with or without the fixed
-            effects before them) in the model's parameterisation
-        reml
-            restricted maximum likelihood (else maximum likelihood)
-        niter_sa
-            not used, as in statsmodels
-        do_cg
-            False: no search; estimates at ``start_params``
-        fe_pen, cov_pen
-            penalties on the fixed effects (``func(params)``, ``deriv(params)``) and on the relative
-            ``cov_re`` (``func(mat, mat_inv)``, ``deriv``), subtracted from the log-likelihood
-        free
-            1 where a parameter is estimated, 0 where it keeps its value in ``start_params``
-            (fixed effects zero, ``cov_re`` the identity, ``vcomp`` one without); entries of
-            ``cov_re`` itself, not of a factor of it
-        full_output
-            keep ``hist`` on the result
-        method
-            None for the exact trust-region Newton; a method of `scipy.optimize.minimize`, or
-            statsmodels' short name ("bfgs", "lbfgs", "cg", "nm", "powell", "ncg",
-            "basinhopping"); of several the first that converges
-        callback
-            called with the number and `optimizer.Step` of each evaluation
-        **fit_kwargs
-            ``maxiter``, ``gtol``, ``ftol``, ``tol``, ``eps``, ``maxcor``, ``maxls``, ``disp`` for
-            scipy's method
-
-        Raises
-        ------
-        DataError
-            naming what makes the model impossible on these data
-
-        Warns
-        -----
-        ConvergenceWarning
-            the optimum could not be certified
-        """
-        if not isinstance(reml, (bool, np.bool_)):
-            raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
-        if niter_sa:
-            warnings.warn("niter_sa is not used by MixedLM.fit", UserWarning, stacklevel=2)
-        settings = settings_of(fit_kwargs, stacklevel=3)
-        start = None if start_params is None else self._start(start_params)
-        found = None
-        for name in search_methods(method):
-            search = Search(name, settings.get(name or "", {}), None, callback)
-            found = self._fit(bool(reml), search, start, free, do_cg, Penalties(fe_pen, cov_pen))
-            if found.summary.converged:
-                break
-        assert found is not None
-        given = {
-            "fe_pen": fe_pen,
-            "cov_pen": cov_pen,
-            "free": None if free is None else free.copy(),
-        }
-        return self._result(found, full_output, given, stacklevel=3)
-
-    def _fit(
-        self,
-        reml: bool,
-        search: Search,
-        start: MixedLMParams | None,
-        free: MixedLMParams | None,
-        do_cg: bool,
-        penalties: Penalties,
-    ) -> Estimates:
-        prepared = self._prepared
-        if start is not None:
-            search = replace(search, start=self._Psi(start))
-        if free is None and do_cg and not penalties:
-            return fit(prepared, reml, search)
-        m, p = len(self._blocks.pairs), self.k_fe
-        free_beta, free_pairs = np.ones(p, np.bool_), np.full(m, do_cg)
-        if free is not None:
-            free_beta, mask = self._mask(free)
-            free_pairs &= mask
-        Psi = np.eye(self._blocks.q) if start is None else self._Psi(start)
-        if start is None and (penalties and free is None):
-            Psi = fit(prepared, reml, replace(search, method=None)).variances.Psi
-        beta = np.zeros(p)
-        if start is not None and len(start.fe_params) == p and start.fe_params.any():
-            beta = start.fe_params.copy()
-        elif free_beta.all():
-            beta = self._beta_at(Psi, reml)
-        elif free_beta.any():
-            beta[free_beta] = self._beta_at(Psi, reml)[free_beta]
-        return fit_constrained(
-            prepared, reml, search, Held(beta, Psi, free_beta, free_pairs), penalties
-        )
-
-    def _beta_at(self, Psi: Floats, reml: bool) -> Floats:
-        del reml
-        k = self.k_re
-        if sum(bar.component is None for bar in self._prepared.bars) > 1:
-            return np.zeros(self.k_fe)
-        return self.get_fe_params(Psi[:k, :k], np.diag(Psi)[k:])[0]
-
-    def _start(self, given: Any) -> MixedLMParams:
-        """Starting values from what was given."""
-        self._one_bar()
-        try:
-            start = self._unpacked(given, False)
-        except DataError as error:
-            raise DataError(f"invalid start_params: {error}") from None
-        if len(start.fe_params) not in (0, self.k_fe):
-            raise DataError(
-                f"invalid start_params: {len(start.fe_params)} fixed effects, the model has "
-                f"{self.k_fe}"
-            )
-        return start
-
-    def _mask(self, free: MixedLMParams) -> tuple[Any, Any]:
-        """Which fixed effects (p,) and entries of Psi (m,) are free."""
-        own = self._unpacked(free, False)
-        fe = np.asarray(own.fe_params) != 0
-        if len(fe) != self.k_fe:
-            if len(fe):
-                raise DataError(f"free has {len(fe)} fixed effects, the model has {self.k_fe}")
-            fe = np.ones(self.k_fe, np.bool_)
-        Psi = self._Psi(own)
-        pairs = np.array([bool(Psi[a, b] or Psi[b, a]) for a, b in self._blocks.pairs], np.bool_)
-        return fe, pairs
-
-    def fit_regularized(
-        self,
-        start_params: Any = None,
-        method: Any = "l1",
-        alpha: Any = 0.0,
-        ceps: float = 1e-4,
-        ptol: float = 1e-6,
-        maxit: int = 200,
-        *,
-        l1_ratio: float = 1.0,
-        **fit_kwargs: Any,
-    ) -> MixedLMResults:
-        """Shrink the fixed effects, the covariance kept at the fit without penalty.
-
-        Minimises ``(y - X b)'V^-1 (y - X b) + sum alpha (r |b| + (1 - r) b^2 / 2)``, r the
-        ``l1_ratio``, by coordinate descent (Friedman, Hastie & Tibshirani 2010, J. Stat. Softw.
-        33(1)), V the marginal covariance.
-
-        Parameters
-        ----------
-        start_params
-            for the fit without penalty
-        method
-            "l1" or "elastic_net"; or a penalty object, which `fit` takes as ``fe_pen``, its
-            weights times ``alpha``
-        alpha
-            penalty weight, or (k_fe,) one for each fixed effect
-        ceps
-            estimates smaller than this count as zero
-        ptol, maxit
-            when to stop: change of the estimates, sweeps
-        l1_ratio
-            share of the absolute value in the penalty
-
-        Returns
-        -------
-        results whose standard errors are those of the model with the effects that are not zero
-        """
-        if not isinstance(method, str):
-            method.alpha = alpha
-            return self.fit(start_params, fe_pen=method, **fit_kwargs)
-        if method.lower() not in ("l1", "elastic_net"):
-            raise ValueError(f"method={method!r}: must be 'l1', 'elastic_net' or a penalty object")
-        free = self.fit(start_params, **fit_kwargs)
-        found = fit_elastic_net(
-            self._prepared, free._estimates, alpha, 1.0 if method.lower() == "l1" else l1_ratio,
-            ceps, ptol, maxit,
-        )  # fmt: skip
-        return self._result(found, False, {}, stacklevel=3)
-
-    def _result(
-        self, found: Estimates, full_output: bool, given: Mapping[str, Any], stacklevel: int
-    ) -> MixedLMResults:
-        if not found.summary.converged:
-            warnings.warn(
-                f"the fit is not certified as an optimum: {found.summary.reason}; "
-                "rescale the columns or simplify the random part",
-                ConvergenceWarning,
-                stacklevel=stacklevel,
-            )
-        history = None
-        if full_output:
-            summary = found.summary
-            history = (
-                {
-                    "method": summary.method,
-                    "converged": summary.converged,
-                    "fopt": 0.5 * found.value,
-                    "fcalls": summary.evaluations,
-                    "message": summary.reason,
-                    "allvecs": [np.array(step.theta) for step in summary.path],
-                },
-            )
-        options = {"use_sqrt": self.use_sqrt, **given}
-        return MixedLMResults(
-            self._prepared, found, self._names, self.source, self.client, self, history, options
-        )
 
 
 mixedlm = MixedLM.from_formula
@@ -552,44 +329,3 @@ def lmer(
 def _refuse(unknown: Mapping[str, Any]) -> None:
     for name in unknown:
         raise DataError(f"argument {name} is not permitted for MixedLM: it is not known here")
-
-
-def _with_groups(data: Any, groups: Any) -> tuple[Any, str | Sequence[str]]:
-    """Table and name of the groups' column, which an array becomes."""
-    if groups is None:
-        raise DataError("groups= is needed: the column that names the groups, or an array")
-    if isinstance(groups, str) or (
-        isinstance(groups, list | tuple) and all(isinstance(x, str) for x in groups)
-        and (not hasattr(data, "__len__") or len(groups) != len(data))
-    ):  # fmt: skip
-        return data, groups
-    if not isinstance(data, pd.DataFrame):
-        raise DataError("groups as an array needs a pandas DataFrame: else give the column's name")
-    values = pd.Series(aligned(groups, data.index, "groups")).array
-    if len(values) != len(data):
-        raise DataError(f"groups has length {len(values)}, the data have {len(data)} rows")
-    name = "Group"
-    while name in data.columns:
-        name += "_"
-    return data.assign(**{name: values}), name
-
-
-def _with_columns(data: Any, extra: Mapping[str, Any]) -> tuple[Any, dict[str, str | None]]:
-    """Name the columns of weights and offset; arrays become columns of data in memory."""
-    names: dict[str, str | None] = {}
-    for role, given in extra.items():
-        if given is None or isinstance(given, str):
-            names[role] = given
-            continue
-        if not isinstance(data, pd.DataFrame):
-            raise DataError(
-                f"{role} as an array needs a pandas DataFrame: for other data give the name of a "
-                "column"
-            )
-        values = np.asarray(aligned(given, data.index, role))
-        if values.shape != (len(data),):
-            raise DataError(f"{role} has shape {values.shape}, the data have {len(data)} rows")
-        name = f"({role})"
-        data = data.assign(**{name: values})
-        names[role] = name
-    return data, names

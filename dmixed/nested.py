@@ -238,7 +238,9 @@ def bucket_terms(
 def _terms(blocks: Blocks, at: Solved, root: Floats, order: int) -> ProfileTerms:
     bucket, m, k = at.bucket, len(blocks.pairs), at.B1.shape[2]
     rest = bucket.A[at.groups] @ at.E - 2.0 * bucket.B[at.groups]
-    FtHiF = _gram(at.z, at.z) + _gram(at.E, rest) + _gram(at.om[:, :, None] * at.rho, at.rho)
+    own = _T(at.z) @ at.z + _T(at.E) @ rest + _T(at.om[:, :, None] * at.rho) @ at.rho
+    # Large sums that cancel against F_w: numpy adds pairwise along contiguous memory.
+    FtHiF = np.ascontiguousarray(own.reshape(len(own), -1).T).sum(axis=1).reshape(k, k)
     FtHiF = 0.5 * (FtHiF + FtHiF.T)
     first, dF = np.zeros(m), np.zeros((m, k, k))
     second, d2F = np.zeros((m, m)), np.zeros((m, m, k, k))

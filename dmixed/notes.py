@@ -33,4 +33,7 @@ def fit_notes(prepared: Prepared, estimates: Estimates) -> tuple[str, ...]:
         what = [f"fixed effects {', '.join(held)}"] * bool(held)
         what += [f"{pairs} covariance parameter(s)"] * bool(pairs)
         notes.append(f"Held at their starting values: {' and '.join(what)}.")
+    if estimates.shrunk is not None and estimates.shrunk.any():
+        zero = [n for n, z in zip(prepared.fixed_names, estimates.shrunk, strict=True) if z]
+        notes.append(f"Fixed effects that the penalty has put to zero: {', '.join(zero)}.")
     return tuple(notes)

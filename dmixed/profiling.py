@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 
 from dmixed.blocks import Floats
-from dmixed.constrained import Held, fit_constrained
-from dmixed.errors import DataError
+from dmixed.constrained import fit_constrained
+from dmixed.errors import DataError, NotSupportedError
 from dmixed.executor import one_blas_thread
 from dmixed.fitting import Estimates, Search, criterion_at
+from dmixed.held import Held, pieces
 from dmixed.inference.joint import natural_of_user
 from dmixed.likelihood import degrees_of_freedom
 from dmixed.params import lower_root
@@ -24,11 +26,10 @@ def profile_fixed(prepared: Prepared, found: Estimates, j: int, value: float) ->
     Under REML the likelihood is that of the model with all its fixed effects, so that values
     compare with the fit's.
     """
+    held = _held(prepared, found)
     beta = found.beta.copy()
     beta[j] = value
-    free = np.arange(len(beta)) != j
-    m = len(prepared.problem.factors.blocks.pairs)
-    held = Held(beta, found.variances.Psi, free, np.ones(m, np.bool_))
+    held = replace(held, beta=beta, free_beta=held.free_beta & (np.arange(len(beta)) != j))
     return -0.5 * fit_constrained(prepared, found.reml, Search(), held).value
 
 
@@ -50,6 +51,25 @@ def profile_variance(prepared: Prepared, found: Estimates, at: int, value: float
     return -0.5 * float(end.fun)
 
 
+def _held(prepared: Prepared, found: Estimates) -> Held:
+    """What the fit held, which a profile holds as well.
+
+    Raises
+    ------
+    NotSupportedError
+        the fit was penalised
+    """
+    if found.penalised:
+        raise NotSupportedError("a penalised fit has no profile likelihood: fit without penalty")
+    p, m = len(found.beta), len(prepared.problem.factors.blocks.pairs)
+    return Held(
+        found.beta,
+        found.variances.Psi,
+        np.ones(p, np.bool_) if found.free_beta is None else found.free_beta,
+        np.ones(m, np.bool_) if found.free_pairs is None else found.free_pairs,
+    )
+
+
 class _Held:
     """The criterion in the free entries of Lambda (relative to the estimate's size) and t."""
 
@@ -57,12 +77,17 @@ class _Held:
         self.prepared, self.found, self.value_held = prepared, found, value
         blocks = prepared.problem.factors.blocks
         self.blocks = blocks
-        block = next(b for b in blocks.slices if b.start <= at < b.stop)
-        rest = [c for c in range(blocks.q) if c != at]
-        inside = [c for c in rest if block.start <= c < block.stop]
-        outside = [range(b.start, b.stop) for b in blocks.slices if b != block]
-        self.order = [at, *inside, *(c for own in outside for c in own)]
-        groups = [[at, *inside], *(list(own) for own in outside)]
+        kept = _held(prepared, found)
+        parts = pieces(blocks, kept)
+        if not kept.free_beta.all() or any(part.kind != "free" for part in parts):
+            raise NotSupportedError(
+                "a variance is profiled over all other parameters, of which this fit held some: "
+                "fit with all of them free, or with whole covariances held at zero"
+            )
+        groups = [list(part.columns) for part in parts]
+        for own in groups:
+            own.sort(key=lambda c: c != at)  # the column itself first
+        self.order = [c for own in groups for c in own]
         held = {c for j in blocks.held for c in range(*blocks.slices[j].indices(blocks.q))}
         self.entries = [
             (own[i], own[j])

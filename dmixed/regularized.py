@@ -11,7 +11,7 @@ from scipy.linalg import solve_triangular
 from dmixed.blocks import Floats
 from dmixed.errors import DataError
 from dmixed.fitting import Estimates, criterion_at
-from dmixed.inference.joint import joint
+from dmixed.inference.joint import joint, natural_of_user
 from dmixed.likelihood import degrees_of_freedom
 from dmixed.preparation import Prepared
 
@@ -61,15 +61,19 @@ def fit_elastic_net(
     v = np.append(problem.response.beta - problem.fixed.to_work @ b, problem.response.scale)
     sigma2 = float(v @ at.FtHiF @ v) / df
     active = np.flatnonzero(b)
-    cov = np.full((p, p), np.nan)
+    cov, slope = np.full((p, p), np.nan), np.zeros_like(free.beta_slope)
     if len(active):
+        # Of what makes b a minimum: (X'H^-1 X + ridge) db = d X'H^-1 (y - X b), on the active set
+        right = problem.fixed.to_work.T @ (at.terms.dF @ v)[:, :p].T @ natural_of_user(problem)
+        ridge = A[np.ix_(active, active)] + np.diag(0.5 * square[active])
+        slope[active] = np.linalg.solve(ridge * free.sigma2, right[active])
         half = np.linalg.cholesky(A[np.ix_(active, active)] * free.sigma2 / sigma2)
         inverse = solve_triangular(half, np.eye(len(active)), lower=True)
         cov[np.ix_(active, active)] = inverse.T @ inverse
     value = joint(problem, at, b, free.reml).value
     return replace(
         free, value=value, beta=b, working_beta=-v[:-1], sigma2=sigma2, cov_beta=cov,
-        free_beta=b != 0.0,
+        beta_slope=slope, shrunk=b == 0.0, penalised=True,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dmixed import contrasts, prediction
+from dmixed import contrasts, prediction, storage
 from dmixed.errors import NotSupportedError
 from dmixed.estimated import Estimated
 from dmixed.executor import running
@@ -90,11 +91,9 @@ class MixedLMResults(Estimated):
         return None if free is None else free.copy()
 
     @property
-    def hist(self) -> list[dict[str, Any]]:
+    def hist(self) -> list[dict[str, Any]] | None:
         """One dictionary on how the optimum was found, after ``fit(full_output=True)``."""
-        if self._history is None:
-            raise AttributeError("hist is kept by fit(full_output=True) only")
-        return [dict(x) for x in self._history]
+        return None if self._history is None else [dict(x) for x in self._history]
 
     # ----------------------------------------------------------------------------- random effects
 
@@ -265,11 +264,6 @@ class MixedLMResults(Estimated):
 
     # ----------------------------------------------------------------------------- inference
 
-    def _fixed_or_all(self, r: Any) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
-        """Hypothesis on all parameters from one on the fixed effects alone, or on all."""
-        R, q = contrasts.constraint(r, self._all_names)
-        return R, q, True
-
     def t_test(self, r_matrix: Any, use_t: bool | None = None) -> contrasts.ContrastResults:
         """Test of each row of R beta = q, on the fixed effects.
 
@@ -315,16 +309,20 @@ class MixedLMResults(Estimated):
             as in ``t_test``; arrays may have k_fe columns, or one for every entry of ``params``
         """
         self._check_width(r_matrix, tuple(dict.fromkeys((self.k_fe, len(self._all_names)))))
-        matrix = r_matrix[0] if isinstance(r_matrix, tuple) else r_matrix
-        fixed_only = not isinstance(matrix, str | list) and np.shape(matrix)[-1] == self.k_fe
-        if fixed_only:
-            names, values, cov = self._fixed_names, self._estimates.beta, self._estimates.cov_beta
-        else:
-            names, values = self._all_names, np.append(self._estimates.beta, self._pairs)
-            cov = self._cov_ratio
-        R, q = contrasts.constraint(r_matrix, names)
+        R, q = contrasts.constraint(r_matrix, self._all_names, fixed=self.k_fe)
+        names, values, cov = self._all_names, np.append(self._estimates.beta, self._pairs), None
+        if not R[:, self.k_fe :].any():  # of the fixed effects alone, given the variances
+            R, names, values = R[:, : self.k_fe], self._fixed_names, self._estimates.beta
+            cov = self._estimates.cov_beta
         return contrasts.wald_test(
-            values, cov, R, q, use_f=use_f, df_denom=self.df_resid, scalar=scalar, names=names
+            values,
+            self._cov_ratio if cov is None else cov,
+            R,
+            q,
+            use_f=use_f,
+            df_denom=self.df_resid,
+            scalar=scalar,
+            names=names,
         )
 
     def f_test(self, r_matrix: Any) -> contrasts.WaldResults:
@@ -416,7 +414,7 @@ class MixedLMResults(Estimated):
             value, profile = self._fixed_profile(re_ix)
         elif vtype in ("re", "vc"):
             value, profile = self._variance_profile(re_ix, vtype)
-            if value - dist_low <= 0:
+            if value - dist_low < 0:
                 raise ValueError(
                     f"dist_low={dist_low:g} is too large: the profile would begin at the negative "
                     f"variance {value - dist_low:.4g}"
@@ -482,6 +480,44 @@ class MixedLMResults(Estimated):
 
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()
+
+    def save(self, path: str | os.PathLike[str], remove_data: bool = False) -> None:
+        """Write to a new or empty local directory, for `load` on any machine; no pickle.
+
+        The directory has the estimates and the moments, as JSON and Parquet, but no rows.
+
+        Parameters
+        ----------
+        path
+            of the directory; it appears complete or not at all
+        remove_data
+            forget the rows of this object too, see ``remove_data()``
+
+        Raises
+        ------
+        DataError
+            there is something at ``path`` already, or the formula calls functions of the caller's
+        OSError
+            the directory cannot be written
+        """
+        if remove_data:
+            self.remove_data()
+        kept = storage.Stored(self._prepared, self._estimates, self._names, self._history)
+        storage.save(kept, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MixedLMResults:
+        """Result that ``save(path)`` wrote: all of it but the rows.
+
+        What a directory holds is checked and never run, so that it may come from anywhere.
+
+        Raises
+        ------
+        DataError
+            naming the file that is missing, damaged, or of another version
+        """
+        found = storage.load(path)
+        return cls(found.prepared, found.estimates, found.names, _history=found.history)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the random effects as plain Python values, ready for JSON."""

@@ -1,54 +1,63 @@
 """Results on disk, without pickle: a directory that any program can read.
 
-``result.json`` (schema "dmixed-stored-result/1") holds a `_Manifest`: what was fitted, in words,
-and everything small, numbers to the last bit (NaN is null, infinities are "inf" and "-inf").
-``cells.parquet`` has a row per cell: the labels, each key a column of its own type, then ``rows``,
-the rows counted, and ``WtF``, a list of q k numbers. ``columns.parquet`` has a row of k numbers per
-carried column: ``FtF`` and, if rows are weighted, ``plain``.
+``result.json`` holds a `_Manifest`: the model in words, and everything small. ``cells.parquet``
+has a row per cell: the labels, each key a column of its own type; ``rows``, the rows counted;
+``WtF``, a list of q k numbers. ``columns.parquet`` has a row per carried column: ``FtF`` and, where
+rows are weighted, ``plain``, lists of k numbers.
 
-The formula is read again when a result is loaded, and the model prepared again from its moments.
-What is loaded is not trusted: nothing in it is run, and whatever does not fit is a `DataError`.
+To load a result is to read its formula again and to prepare its model again from the moments;
+estimates are as they were stored.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import platform
-import reprlib
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dmixed.blocks import Column, Floats, Frame
-from dmixed.design import DesignSpec, FactorLevels
+from dmixed import keys
+from dmixed.blocks import CONSTANT, Column, Floats, Frame
+from dmixed.collect import Moments
+from dmixed.design import DesignSpec, FactorLevels, specification
 from dmixed.errors import DataError, DmixedError
 from dmixed.fitting import Estimates
-from dmixed.formula import Words
+from dmixed.formula import Words, parse, parse_parts
 from dmixed.formula.expressions import Call, walk
+from dmixed.moments import GroupMoments
 from dmixed.naming import Names
 from dmixed.preparation import Prepared, prepare
+from dmixed.records import (
+    TableFile,
+    list_type,
+    lists,
+    new_directory,
+    read_record,
+    read_table,
+    write_record,
+    write_table,
+)
 
 SCHEMA = "dmixed-stored-result/1"
 MANIFEST, CELLS, COLUMNS = "result.json", "cells.parquet", "columns.parquet"
 
-ROW_GROUP = 2**26
-"""Bytes of numbers in one row group of a file."""
+LABELS = pa.large_string(), pa.int64(), pa.uint64(), pa.float64(), pa.date32(), pa.bool_()
+"""Types that labels have, beside timestamps."""
+
+FLAGS = "free_beta", "free_pairs", "shrunk"
+"""Arrays of `Estimates` that say yes or no."""
 
 OTHER = 1e-6
-"""Relative difference from which working coordinates are others than those of the fit."""
+"""Relative difference that tells other working coordinates from rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +83,8 @@ class _Search:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
-    """Number of rows of a Parquet file, and checksum of its bytes."""
-
-    rows: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Manifest:
-    """Contents of ``result.json``, but for its own checksum.
+    """Contents of ``result.json``; its names are those of the file.
 
     Attributes
     ----------
@@ -93,9 +94,9 @@ class _Manifest:
         see `ParsedFormula`
     inputs
         data columns of the formula
-    text_columns, frame, weights, offset, missing
+    text_columns, weights, offset, missing, frame
         see `DesignSpec`
-    levels, dropped
+    dropped, levels
         see `Moments`
     key_types
         Arrow types of the labels
@@ -113,71 +114,25 @@ class _Manifest:
     offset: str | None
     missing: str
     dropped: dict[str, int]
-    estimates: Estimates
     names: Names
+    estimates: Estimates
     history: tuple[_Search, ...] | None
     frame: Frame
     levels: dict[str, FactorLevels]
-    key_types: tuple[str, ...]
     columns: tuple[Column, ...]
     random: tuple[int, ...]
     log_weights: float
-    files: dict[str, _File]
+    key_types: tuple[str, ...]
+    files: dict[str, TableFile]
 
 
-# --------------------------------------------------------------------------- directories
-
-
-def check_free(path: Path, named: str) -> None:
-    """Refuse a place where something is already; an empty directory is nothing."""
-    if path.exists() and not path.is_dir():
-        raise DataError(f"{named}: exists and is not a directory")
-    if path.exists() and any(path.iterdir()):
-        raise DataError(
-            f"{named}: the directory is not empty; results are never overwritten, "
-            "give a new directory"
-        )
-
-
-@contextmanager
-def new_directory(path: Path, last: str) -> Iterator[Path]:
-    """Directory to fill, whose files appear at ``path`` when all are written, or never.
-
-    A new directory appears complete, by renaming; in one that exists (it may be a mount point) the
-    file called ``last`` appears last.
-
-    Raises
-    ------
-    DataError
-        there is something already
-    OSError
-        the directory cannot be written; nothing is left behind
-    """
-    check_free(path, str(path))
-    path = path.resolve()
-    exists = path.exists()
-    if not exists:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    staging = (path if exists else path.parent) / f".{uuid4().hex}.dmixed"
-    staging.mkdir()
-    try:
-        yield staging
-        if exists:
-            for file in sorted(staging.iterdir(), key=lambda x: x.name == last):
-                file.replace(path / file.name)
-        else:
-            staging.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+# --------------------------------------------------------------------------- saving
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
     if "://" in str(path):
-        raise DataError(f"{path} is a URI: results are kept in local directories; copy them there")
+        raise DataError(f"{path} is a URI: results are kept in local directories; copy it")
     return Path(path)
-
-
-# --------------------------------------------------------------------------- saving
 
 
 def save(result: Stored, path: str | os.PathLike[str]) -> None:
@@ -191,20 +146,17 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
         the directory cannot be written
     """
     moments = result.prepared.moments
-    spec, group = moments.spec, moments.group
+    spec, group, labels = moments.spec, moments.group, moments.labels
     if own := _own_functions(spec):
         raise DataError(
-            f"the formula calls {', '.join(own)}, given by context= or by the caller's variables: "
-            "functions cannot be stored; compute these columns before the fit, or pickle the result"
+            f"the formula calls {', '.join(own)}, given by context= or found among the caller's "
+            "variables: functions cannot be stored; compute such columns before the fit"
         )
+    _estimates(result.estimates, result.prepared, Path(path))
     with new_directory(_local(path), MANIFEST) as folder:
-        counts = pa.array(group.counts)
-        cells = [*moments.labels.arrays, counts, _lists(group.WtF.reshape(len(counts), -1))]
-        tables = {CELLS: pa.table(cells, names=[*moments.labels.names, "rows", "WtF"])}
-        square = {"FtF": _lists(group.FtF)}
-        if group.plain is not group.FtF:
-            square["plain"] = _lists(group.plain)
-        tables[COLUMNS] = pa.table(square)
+        own_columns = {"rows": pa.array(group.counts), "WtF": lists(group.WtF)}
+        cells = pa.table([*labels.arrays, *own_columns.values()], [*labels.names, *own_columns])
+        sums = [lists(getattr(group, name)) for name in _sums(spec)]
         manifest = _Manifest(
             schema=SCHEMA,
             versions={
@@ -219,21 +171,21 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
             offset=spec.offset,
             missing=spec.missing,
             dropped=dict(moments.dropped),
-            estimates=result.estimates,
             names=result.names,
+            estimates=result.estimates,
             history=None if result.history is None else tuple(_Search(**x) for x in result.history),
-            frame=spec.frame,
+            frame=group.frame,
             levels=dict(moments.levels),
-            key_types=tuple(str(array.type) for array in moments.labels.arrays),
             columns=group.columns,
             random=group.random,
             log_weights=group.log_weights,
-            files={name: _write(folder / name, table) for name, table in tables.items()},
+            key_types=tuple(str(array.type) for array in labels.arrays),
+            files={
+                CELLS: write_table(folder / CELLS, cells),
+                COLUMNS: write_table(folder / COLUMNS, pa.table(sums, _sums(spec))),
+            },
         )
-        record = _plain(manifest)
-        lines = {**record, "sha256": _checksum(record)}.items()
-        text = ",\n".join(f"{json.dumps(x)}: {json.dumps(y, allow_nan=False)}" for x, y in lines)
-        (folder / MANIFEST).write_text(f"{{\n{text}\n}}\n", encoding="ascii")
+        write_record(folder / MANIFEST, manifest)
 
 
 def _own_functions(spec: DesignSpec) -> list[str]:
@@ -243,36 +195,9 @@ def _own_functions(spec: DesignSpec) -> list[str]:
     return sorted(called & set(spec.context))
 
 
-def _lists(rows: Floats) -> pa.Array:
-    """Rows (n, m) of numbers as n lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
-
-
-def _write(file: Path, table: pa.Table) -> _File:
-    rows = max(1, ROW_GROUP * len(table) // max(table.nbytes, 1))
-    pq.write_table(table, file, row_group_size=rows, compression="zstd")
-    with file.open("rb") as stream:
-        return _File(len(table), hashlib.file_digest(stream, "sha256").hexdigest())
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it; `_made` is the inverse."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        finite = value.dtype.kind != "f" or bool(np.isfinite(value).all())
-        return value.tolist() if finite else _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record).encode("ascii")).hexdigest()
+def _sums(spec: DesignSpec) -> list[str]:
+    """Fields of `GroupMoments` in ``columns.parquet``."""
+    return ["FtF"] if spec.weights is None else ["FtF", "plain"]
 
 
 # --------------------------------------------------------------------------- loading
@@ -288,7 +213,7 @@ def load(path: str | os.PathLike[str]) -> Stored:
     """
     folder = _local(path)
     file = folder / MANIFEST
-    manifest: _Manifest = _made(_Manifest, _Found(_record(file), f"{file}: "))
+    manifest = read_record(_Manifest, file, SCHEMA)
     moments = _moments(manifest, folder)
     try:
         prepared = prepare(moments)
@@ -296,121 +221,32 @@ def load(path: str | os.PathLike[str]) -> Stored:
         # numbers that no pass over rows makes can fail anywhere in the algebra
         raise DataError(f"{file}: the model cannot be made again: {error}") from error
     names = manifest.names
-    columns = sum(len(bar.names) for bar in prepared.bars)
-    for given, wanted in ((names.fixed, len(prepared.design.fixed_names)), (names.random, columns)):
+    for given, wanted in (
+        (names.fixed, len(prepared.design.fixed_names)),
+        (names.random, sum(len(bar.names) for bar in prepared.bars)),
+    ):
         if given is not None and len(given) != wanted:
             raise DataError(f"{file}: names: there are {len(given)}, the model has {wanted}")
-    history = manifest.history and tuple(
-        {**{x.name: getattr(entry, x.name) for x in fields(entry)}, "allvecs": list(entry.allvecs)}
-        for entry in manifest.history
-    )
-    return Stored(prepared, _checked(manifest.estimates, prepared, file), names, history)
+    history = None if manifest.history is None else tuple(map(_entry, manifest.history))
+    return Stored(prepared, _estimates(manifest.estimates, prepared, file), names, history)
 
 
-def _record(file: Path) -> dict[str, Any]:
-    """JSON of a manifest whose checksum is right, without the checksum."""
-    try:
-        record = json.loads(file.read_bytes(), parse_constant=_refuse_constant)
-        schema = record.get("schema") if isinstance(record, dict) else None
-        if schema != SCHEMA:
-            raise DataError(
-                f"{file}: its schema is {reprlib.repr(schema)}, and this version of dmixed reads "
-                f"{SCHEMA!r} alone, which result.save() writes"
-            )
-        if record.pop("sha256", None) != _checksum(record):
-            raise DataError(f"{file}: is damaged or was changed: its checksum is not right")
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is damaged, it is no JSON: {error}") from error
-    return record
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A value that JSON holds, and where it stands, for messages."""
-
-    value: Any
-    where: str
-
-    def refused(self, wanted: str) -> DataError:
-        return DataError(f"{self.where}must be {wanted}, not {reprlib.repr(self.value)}")
-
-    def of(self, kind: type) -> Any:
-        """The value, a list or a dict."""
-        if not isinstance(self.value, kind):
-            raise self.refused(f"a {kind.__name__}")
-        return self.value
-
-
-_types = cache(get_type_hints)
-
-
-def _made(kind: Any, found: _Found) -> Any:
-    """What `_plain` made a value from that has this type annotation."""
-    value, origin, of = found.value, get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        return _made_of_fields(kind, found)
-    if origin in (Union, UnionType):
-        if value is None and NoneType in of:
-            return None
-        rest = [x for x in of if x is not NoneType]
-        kind = rest[0] if len(rest) == 1 else next((x for x in rest if type(value) is x), str)
-        return _made(kind, found)
-    if origin is dict:
-        return {k: _made(of[1], _Found(v, f"{found.where}{k}: ")) for k, v in found.of(dict).items()}
-    if origin is tuple:
-        kinds = of[:1] * len(found.of(list)) if of[-1] is ... else of
-        if len(kinds) != len(found.of(list)):
-            raise found.refused(f"a list of {len(kinds)}")
-        return tuple(_made(x, _Found(v, found.where)) for x, v in zip(kinds, value, strict=True))
-    if kind is np.ndarray or origin is np.ndarray:
-        return _numbers(found.of(list), found)
-    if kind is float and (type(value) in (int, float, NoneType) or value in ("inf", "-inf")):
-        return float(_numbers(value, found))
-    if type(value) is not kind:
-        raise found.refused({str: "text", int: "a whole number", float: "a number"}.get(kind, kind))
-    return value
-
-
-def _made_of_fields(kind: Any, found: _Found) -> Any:
-    types, values = _types(kind), found.of(dict)
-    if types.keys() != values.keys():
-        raise found.refused(f"an object of {', '.join(types)}")
-    made = {x: _made(t, _Found(values[x], f"{found.where}{x}: ")) for x, t in types.items()}
-    try:
-        return kind(**made)
-    except AssertionError:
-        raise found.refused("an object whose lists match in length") from None
-
-
-def _numbers(value: Any, found: _Found) -> Floats:
-    """Array of a number or of lists of numbers; null is NaN."""
-    try:
-        return np.array(value, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise found.refused("numbers") from None
+def _entry(search: _Search) -> dict[str, Any]:
+    found = {field.name: getattr(search, field.name) for field in fields(search)}
+    return {**found, "allvecs": list(search.allvecs)}
 
 
 def _spec(manifest: _Manifest, file: Path) -> DesignSpec:
     """What the formula asks for, with the shifts and scales of the fit."""
-    words, inputs, frame = manifest.words, manifest.inputs, manifest.frame
+    text, words, inputs = manifest.formula, manifest.words, manifest.inputs
     try:
-        formula = (
-            parse(manifest.formula)
-            if words is None
-            else parse_parts(
-                manifest.formula, words.groups, words.re_formula, (), dict(words.vc_formula)
-            )
-        ).resolved(inputs)
+        if words is None:
+            formula = parse(text)
+        else:
+            components = dict(words.vc_formula)
+            formula = parse_parts(text, words.groups, words.re_formula, (), components)
         spec = specification(
-            formula,
+            formula.resolved(inputs),
             frozenset(manifest.text_columns),
             weights=manifest.weights,
             offset=manifest.offset,
@@ -418,38 +254,136 @@ def _spec(manifest: _Manifest, file: Path) -> DesignSpec:
         )
     except DmixedError as error:
         raise DataError(f"{file}: {error}") from error
-    if spec.formula.columns != inputs or not spec.text_columns <= set(inputs):
-        raise DataError(f"{file}: inputs, text_columns: are not the columns of the formula")
-    sound = np.isfinite([frame.shift, frame.scale]).all() and min(frame.scale) > 0.0
-    if frame.names != spec.frame.names or not sound:
-        raise DataError(f"{file}: frame: is not that of the formula's variables")
-    levels = manifest.levels
-    if levels.keys() != {x.name for x in spec.categories} or not all(
+    misfit = _misfit(spec, manifest)
+    if misfit is not None:
+        raise DataError(f"{file}: {misfit}: is not what the formula {text!r} needs")
+    return replace(spec, frame=manifest.frame)
+
+
+def _misfit(spec: DesignSpec, manifest: _Manifest) -> str | None:
+    """Field of a manifest that is not what its formula needs."""
+    frame, levels, inputs = manifest.frame, manifest.levels, set(manifest.inputs)
+    if len(spec.formula.columns) != len(manifest.inputs) or set(spec.formula.columns) != inputs:
+        return "inputs"
+    if not spec.text_columns <= inputs:
+        return "text_columns"
+    finite = bool(np.isfinite([frame.shift, frame.scale]).all())
+    if frame.names != spec.frame.names or not finite or min(frame.scale) <= 0.0:
+        return "frame"
+    if levels.keys() != {category.name for category in spec.categories} or not all(
         set(x.levels) <= set(x.levels if x.categories is None else x.categories)
         for x in levels.values()
     ):
-        raise DataError(f"{file}: levels: are not those of the formula's categories")
-    return replace(spec, frame=frame)
+        return "levels"
+    if not _carries(spec, levels, manifest.columns, manifest.random):
+        return "columns"
+    if not math.isfinite(manifest.log_weights):
+        return "log_weights"
+    types = [_label_type(x) for x in manifest.key_types]
+    if len(types) != len(spec.keys) or None in types:
+        return "key_types"
+    return None if manifest.files.keys() == {CELLS, COLUMNS} else "files"
+
+
+def _carries(
+    spec: DesignSpec,
+    levels: Mapping[str, FactorLevels],
+    columns: Sequence[Column],
+    random: Sequence[int],
+) -> bool:
+    """Whether columns are those that a spec carries in some cells, and which are random."""
+    wanted = {x.categories: dict(zip(x.monomials, x.random, strict=True)) for x in spec.needs}
+    cells: dict[Any, list[Any]] = {}
+    for column in columns:
+        cells.setdefault(column.cell, []).append(column.powers)
+    need = {cell: wanted.get(tuple(name for name, _ in cell), {}) for cell in cells}
+    return (
+        {tuple(name for name, _ in cell) for cell in cells} == wanted.keys()
+        and all(Counter(need[cell].keys()) == Counter(powers) for cell, powers in cells.items())
+        and all(level in levels[name].levels for cell in cells for name, level in cell)
+        and [j for j, x in enumerate(columns) if need[x.cell][x.powers]] == list(random)
+        and columns[random[0]] == CONSTANT
+    )
 
 
 def _moments(manifest: _Manifest, folder: Path) -> Moments:
-    """Moments of the cells."""
-    file = folder / MANIFEST
-    spec = _spec(manifest, file)
-    columns, random = manifest.columns, manifest.random
-    if not _fits(spec, manifest.levels, columns, random) or manifest.files.keys() != FILES:
-        raise DataError(f"{file}: columns, random, files: are not those of the formula")
-    if not math.isfinite(manifest.log_weights):
-        raise DataError(f"{file}: log_weights: must be finite")
-    k, q = len(columns), len(random)
-    types = [_label_type(x) for x in manifest.key_types]
-    if len(types) != len(spec.keys) or None in types:
-        raise DataError(f"{file}: key_types: {manifest.key_types} are not types of the labels")
-    wanted = [*zip(spec.group, types, strict=True), ("rows", pa.int64()), ("WtF", _list(q * k))]
-    *labels, counts, WtF = _read(folder / CELLS, manifest.files[CELLS], wanted)
-    found = keys.Labels(spec.group, tuple(labels))
-    _, (codes,) = keys.align([found])
-    if not np.array_equal(codes, np.arange(len(found))) or not min(counts, default=0) > 0:
-        raise DataError(f"{folder / CELLS}: labels must be there once, and have rows")
-    wanted = [(x, _list(k)) for x in ("FtF", "plain")[: 1 if spec.weights is None else 2]]
-    FtF, *plain = _read(folder / COLUMNS, manifest.files[COLUMNS], wanted)
+    """Moments of the cells, from their files."""
+    spec = _spec(manifest, folder / MANIFEST)
+    k, q = len(manifest.columns), len(manifest.random)
+    types = map(_label_type, manifest.key_types)
+    cells = [*zip(spec.group, types, strict=True), ("rows", pa.int64()), ("WtF", list_type(q * k))]
+    *arrays, rows, WtF = read_table(folder / CELLS, manifest.files[CELLS], cells)
+    labels, counts = keys.Labels(spec.group, tuple(arrays)), rows.to_numpy()
+    _, (codes,) = keys.align([labels])
+    if not np.array_equal(codes, np.arange(len(labels))) or counts.min(initial=1) < 1:
+        raise DataError(f"{folder / CELLS}: each label must be there once, and have rows")
+    sums = [(name, list_type(k)) for name in _sums(spec)]
+    FtF, *plain = read_table(folder / COLUMNS, manifest.files[COLUMNS], sums)
+    if len(FtF) != k:
+        raise DataError(f"{folder / COLUMNS}: has {len(FtF)} rows, the model {k} columns")
+    group = GroupMoments(
+        columns=manifest.columns,
+        random=manifest.random,
+        frame=spec.frame,
+        WtF=WtF.reshape(len(labels), q, k),
+        FtF=FtF,
+        plain=plain[0] if plain else FtF,
+        counts=counts,
+        log_weights=manifest.log_weights,
+    )
+    return Moments(spec, manifest.levels, labels, group, manifest.dropped)
+
+
+def _label_type(text: str) -> pa.DataType | None:
+    """Type of labels from its name, if there is one."""
+    time = re.fullmatch(r"timestamp\[(s|ms|us|ns)(?:, tz=(.+))?\]", text)
+    if time is None:
+        return {str(x): x for x in LABELS}.get(text)
+    type_ = pa.timestamp(*time.groups())
+    try:
+        pa.scalar(0, type_).as_py()  # the time zone is known
+    except (ArithmeticError, LookupError, OSError, ValueError):
+        return None
+    return type_
+
+
+def _estimates(found: Estimates, prepared: Prepared, file: Path) -> Estimates:
+    """Estimates, checked to be of a model's sizes and in its coordinates."""
+    problem, where = prepared.problem, f"{file}: estimates: "
+    p, q, m = problem.factors.p, problem.factors.blocks.q, len(problem.factors.blocks.pairs)
+    matrices = {"Psi": (q, q), "root": (q, q), "cov_ratio": (m, m), "cov_user": (m + 1, m + 1)}
+    variances = _shaped(found.variances, matrices, f"{where}variances: ")
+    sizes = {"beta": (p,), "cov_beta": (p, p), "beta_slope": (p, m), "working_beta": (p,)}
+    sizes |= {"root": (q, q), "theta": (m,), "free_beta": (p,), "free_pairs": (m,), "shrunk": (p,)}
+    found = replace(_shaped(found, sizes, where), variances=variances)
+    if not math.isfinite(found.value) or not 0.0 < found.sigma2 < math.inf:
+        raise DataError(f"{where}value and sigma2 must be finite, sigma2 positive")
+    if len(variances.zero) != q:
+        raise DataError(f"{where}variances: zero: must be a list of {q}")
+    to_work, shift = problem.fixed.to_work, problem.response.beta
+    for stored, left, right, less in (
+        (found.root, problem.natural, variances.root, np.zeros((q, q))),
+        (found.working_beta, to_work, found.beta, shift),
+    ):
+        size = np.abs(left) @ np.abs(right) + np.abs(less)
+        if np.abs(stored - (left @ right - less)).max(initial=0.0) > OTHER * size.max(initial=0.0):
+            raise DataError(f"{where}are not in the working coordinates of this version: fit again")
+    return found
+
+
+def _shaped(found: Any, sizes: Mapping[str, tuple[int, ...]], where: str) -> Any:
+    """The same with arrays of these shapes: flags, or numbers, finite but in covariances."""
+    arrays = {}
+    for field in fields(found):
+        array, name = getattr(found, field.name), field.name
+        if not isinstance(array, np.ndarray):
+            continue
+        shape, flags = sizes[name], name in FLAGS
+        if array.size == 0:
+            array = np.zeros(array.shape if math.prod(shape) else shape, bool if flags else float)
+        if array.shape != shape or flags != (array.dtype == np.bool_):
+            raise DataError(f"{where}{name}: must be {'flags' if flags else 'numbers'} {shape}")
+        if not name.startswith("cov_") and not np.isfinite(array).all():
+            raise DataError(f"{where}{name}: must hold finite numbers")
+        arrays[name] = array
+    return replace(found, **arrays)

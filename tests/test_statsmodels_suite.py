@@ -36,11 +36,6 @@ EXPECTED_FAILURES = {
         "estimate, flagged by `singular` and in the summary"
     ),
     "test_summary_after_remove_data": "class: it wants statsmodels' Summary",
-    "test_summary_col": (
-        "definition: it wants standard errors of fixed effects from the inverse of the whole "
-        "Hessian, with the observed cross-information of the variances; here, as in lme4, they "
-        "are those of generalised least squares"
-    ),
 }
 
 INI = """[pytest]

@@ -75,6 +75,21 @@ def to_user(problem: Problem, at: Derivatives, p: int) -> Derivatives:
     return Derivatives(at.value, J.T @ at.gradient, J.T @ at.hessian @ J)
 
 
+def beta_slope(problem: Problem, at: Criterion) -> Floats:
+    """(p, m): derivative of the GLS fixed effects along the entries of Psi, user units.
+
+    ``d beta = (XtHiX)^-1 (d XtHiy - d XtHiX beta)``
+    """
+    p, dF = problem.factors.p, at.terms.dF
+    if p == 0:
+        return np.zeros((0, len(dF)))
+    factor = cho_factor(at.FtHiF[:p, :p])
+    beta = cho_solve(factor, at.FtHiF[:p, p])
+    right = dF[:, :p, p] - dF[:, :p, :p] @ beta
+    working = cho_solve(factor, right.T) * problem.factors.y_scale
+    return np.asarray(np.linalg.solve(problem.fixed.to_work, working) @ natural_of_user(problem))
+
+
 def natural_of_user(problem: Problem) -> Floats:
     """J (m, m): entries of ``natural Psi natural'`` along entries of Psi."""
     blocks, N = problem.factors.blocks, problem.natural
