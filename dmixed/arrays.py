@@ -312,6 +312,8 @@ def _component(name: str, blocks: Sequence[_Block], columns: dict[str, Any], n: 
     if per_row.max(initial=0) <= 1 and any(len(b.names) > 1 for b in blocks):
         return _levels(name, blocks, coordinates, columns, n)
     width = max(len(block.names) for block in blocks)
+    if not width:
+        raise DataError(f"exog_vc: component {name!r} has no columns: leave it out")
     widest = max(blocks, key=lambda block: len(block.names))
     names = []
     for j in range(width):

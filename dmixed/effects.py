@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -163,3 +164,50 @@ class Effects:
             or set(labels.names) == names)
             for labels, term in zip(self.prepared.levels, self.prepared.problem.terms, strict=True)
         )  # fmt: skip
+
+
+class ByLabel(dict[Any, Any]):
+    """A value per group label, made when it is asked for; a dict that cannot be changed."""
+
+    def __init__(self, index: pd.Index, make: Any) -> None:
+        super().__init__()
+        self._index, self._make = index, make
+
+    def __getitem__(self, label: Any) -> Any:
+        try:
+            hash(label)
+            position = self._index.get_loc(label)
+            found = bool(self._index[position] == label)
+        except Exception:  # pandas has many ways to say that a thing is no label
+            raise KeyError(label) from None
+        # get_loc also takes a part of a composite key or of a date: a slice, or another label
+        if not (isinstance(position, int | np.integer) and found is True):
+            raise KeyError(label)
+        return self._make(position, label)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} groups: {', '.join(map(repr, self._index[:3]))}, ...>"
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(self._index[::-1])
+
+    # dict's own methods look past __getitem__; Mapping's go through it
+    get, keys, values, items = Mapping.get, Mapping.keys, Mapping.values, Mapping.items  # type: ignore
+    __contains__, __eq__ = Mapping.__contains__, Mapping.__eq__
+    __hash__ = None
+
+    def copy(self) -> dict[Any, Any]:
+        """Plain dict of all values."""
+        return {label: self[label] for label in self}
+
+    def _unchangeable(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("estimates do not change: copy() makes a dict of them")
+
+    __setitem__ = __delitem__ = __ior__ = _unchangeable
+    clear = pop = popitem = setdefault = update = _unchangeable

@@ -188,6 +188,7 @@ def buckets(
     leaves = placed[leaf].counts if leaf is not None else np.zeros(G, np.intp)
     shapes = np.vstack([_padded(widths), _padded(leaves)[None]])
     kinds, inverse = np.unique(shapes, axis=1, return_inverse=True)
+    inverse = inverse.reshape(-1)  # numpy 2.0 gives it the shape of what it sorted
     members = [np.flatnonzero(inverse == s) for s in range(kinds.shape[1])]
     sizes = [terms[i].T.shape[1] if not terms[i].repeated else 1 for i in rest]
     _check_size(members, widths, leaves, np.array(sizes, dtype=np.intp))

@@ -282,4 +282,4 @@ def _matrix(file: Path, lists: pa.Array) -> Floats:
     numbers = lists.flatten().to_numpy(zero_copy_only=False)
     if not np.isfinite(numbers).all():
         raise DataError(f"{file}: must hold finite numbers")
-    return np.asarray(numbers.reshape(len(lists), -1))
+    return np.asarray(numbers.reshape(len(lists), lists.type.list_size))

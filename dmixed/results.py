@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dmixed import contrasts, prediction, storage
+from dmixed import prediction, storage
+from dmixed.effects import ByLabel
 from dmixed.errors import NotSupportedError
-from dmixed.estimated import Estimated
 from dmixed.executor import running
 from dmixed.inference.random_effects import (
     conditional_covariances,
@@ -22,13 +22,14 @@ from dmixed.inference.random_effects import (
     joint_covariance,
 )
 from dmixed.notes import fit_notes
-from dmixed.profiling import profile_fixed, profile_variance
+from dmixed.params import MixedLMParams
 from dmixed.sources import Source, open_source
 from dmixed.summary import Summary, summarise
+from dmixed.tested import Tested
 
 
 @dataclass(frozen=True, eq=False)
-class MixedLMResults(Estimated):
+class MixedLMResults(Tested):
     """Estimates of a linear mixed model, its random effects, tests and predictions.
 
     See `Estimated` for the scales. Attributes and methods have statsmodels' names; what lme4
@@ -51,6 +52,7 @@ class MixedLMResults(Estimated):
             "_client": None,
             "_model": None,
             "_history": self._history,
+            "_given": {"use_sqrt": self.use_sqrt},
         }
 
     def __copy__(self) -> MixedLMResults:
@@ -86,9 +88,14 @@ class MixedLMResults(Estimated):
 
     @property
     def freepat(self) -> Any:
-        """Which parameters were free in the fit, as given; None: all."""
-        free = self._given.get("free")
-        return None if free is None else free.copy()
+        """Which parameters were free in the fit, as `MixedLMParams` of 0 and 1; None: all."""
+        found = self._estimates
+        if found.free_beta is None or found.free_pairs is None:
+            return None
+        blocks, k = self._prepared.problem.factors.blocks, self.k_re
+        mask = blocks.symmetric(found.free_pairs.astype(np.float64))
+        fe = found.free_beta.astype(np.float64)
+        return MixedLMParams.from_components(fe, mask[:k, :k], vcomp=np.diag(mask)[k:])
 
     @property
     def hist(self) -> list[dict[str, Any]] | None:
@@ -176,13 +183,13 @@ class MixedLMResults(Estimated):
     def random_effects(self) -> dict[Any, pd.Series]:
         """BLUPs by group label, made when asked for: the bar's columns, then ``vc[column]``."""
         self._within_groups()
-        return _ByLabel(self._effects.group_index, self._series)
+        return ByLabel(self._effects.group_index, self._series)
 
     @property
     def random_effects_cov(self) -> dict[Any, pd.DataFrame]:
         """Conditional covariance of the random effects given y and the estimates, by label."""
         self._within_groups()
-        return _ByLabel(self._effects.group_index, self._covariance)
+        return ByLabel(self._effects.group_index, self._covariance)
 
     def _series(self, place: int, label: Any) -> pd.Series:
         own = self._effects.of_group(place, self._re_names)
@@ -261,188 +268,6 @@ class MixedLMResults(Estimated):
             self._prepared, self._estimates.beta, source, running(self._client)
         )
         return self._plain(found)
-
-    # ----------------------------------------------------------------------------- inference
-
-    def t_test(self, r_matrix: Any, use_t: bool | None = None) -> contrasts.ContrastResults:
-        """Test of each row of R beta = q, on the fixed effects.
-
-        Parameters
-        ----------
-        r_matrix
-            (m, k_fe) or (k_fe,) array, a string such as ``"x1 = 0, x2 - x3 = 1"``, or a tuple
-            (R, q)
-        use_t
-            Student's t with ``df_resid`` degrees of freedom, instead of the normal distribution
-
-        Raises
-        ------
-        ValueError
-            an array has not k_fe columns, or a name is unknown
-        """
-        self._check_width(r_matrix, (self.k_fe,))
-        R, q = contrasts.constraint(r_matrix, self._fixed_names)
-        df = self.df_resid if use_t else None
-        return contrasts.t_test(self._estimates.beta, self._estimates.cov_beta, R, q, df=df)
-
-    def _check_width(self, r: Any, widths: Sequence[int]) -> None:
-        matrix = r[0] if isinstance(r, tuple) else r
-        if isinstance(matrix, str) or (
-            isinstance(matrix, list) and matrix and isinstance(matrix[0], str)
-        ):
-            return
-        shape = np.shape(matrix)
-        if len(shape) not in (1, 2) or shape[-1] not in widths:
-            raise ValueError(
-                f"r_matrix for this test should have {' or '.join(f'{w:d}' for w in widths)} "
-                f"columns, not shape {shape}"
-            )
-
-    def wald_test(
-        self, r_matrix: Any, use_f: bool = False, scalar: bool = True
-    ) -> contrasts.WaldResults:
-        """Joint test of R b = q, chi-squared, or F with ``df_resid``.
-
-        Parameters
-        ----------
-        r_matrix
-            as in ``t_test``; arrays may have k_fe columns, or one for every entry of ``params``
-        """
-        self._check_width(r_matrix, tuple(dict.fromkeys((self.k_fe, len(self._all_names)))))
-        R, q = contrasts.constraint(r_matrix, self._all_names, fixed=self.k_fe)
-        names, values, cov = self._all_names, np.append(self._estimates.beta, self._pairs), None
-        if not R[:, self.k_fe :].any():  # of the fixed effects alone, given the variances
-            R, names, values = R[:, : self.k_fe], self._fixed_names, self._estimates.beta
-            cov = self._estimates.cov_beta
-        return contrasts.wald_test(
-            values,
-            self._cov_ratio if cov is None else cov,
-            R,
-            q,
-            use_f=use_f,
-            df_denom=self.df_resid,
-            scalar=scalar,
-            names=names,
-        )
-
-    def f_test(self, r_matrix: Any) -> contrasts.WaldResults:
-        """``wald_test`` with the F distribution."""
-        return self.wald_test(r_matrix, use_f=True)
-
-    def _fixed_terms(self) -> dict[str, list[int]]:
-        """Positions of the columns of each fixed term."""
-        found: dict[str, list[int]] = {}
-        owners = self._prepared.design.fixed_terms
-        for position, j in enumerate(self._prepared.problem.fixed.kept):
-            found.setdefault(owners[j], []).append(position)
-        return found
-
-    def wald_test_terms(self, skip_single: bool = False) -> contrasts.WaldTermsResults:
-        """Joint test of the columns of each fixed term.
-
-        Parameters
-        ----------
-        skip_single
-            leave out terms of one column
-        """
-        terms = {
-            name: columns
-            for name, columns in self._fixed_terms().items()
-            if not (skip_single and len(columns) == 1)
-        }
-        return contrasts.wald_terms(self._estimates.beta, self._estimates.cov_beta, terms)
-
-    def t_test_pairwise(
-        self, term_name: str, method: str = "hs", alpha: float = 0.05, factor_labels: Any = None
-    ) -> contrasts.PairwiseResults:
-        """Tests of all differences between the levels of a categorical fixed term.
-
-        Parameters
-        ----------
-        term_name
-            the term as written, ``"f"`` or ``"C(f)"``
-        method
-            adjustment of p-values: "hs", "holm", "bonferroni", "sidak", "fdr_bh"
-
-        Raises
-        ------
-        ValueError
-            the term is not one categorical factor of the fixed part
-        """
-        rows, labels = prediction.level_rows(self._prepared, term_name)
-        return contrasts.pairwise(
-            self._estimates.beta,
-            self._estimates.cov_beta,
-            rows,
-            labels if factor_labels is None else factor_labels,
-            term=term_name,
-            method=method,
-            alpha=alpha,
-        )
-
-    def profile_re(
-        self,
-        re_ix: Any,
-        vtype: str,
-        num_low: int = 5,
-        dist_low: float = 1.0,
-        num_high: int = 5,
-        dist_high: float = 1.0,
-    ) -> NDArray[np.float64]:
-        """Log-likelihood maximised over everything but one parameter, on a grid of its values.
-
-        Parameters
-        ----------
-        re_ix
-            position of a variance of the bars (``vtype="re"``), name of a variance component
-            ("vc"), name of a fixed effect ("fe")
-        vtype
-            "re", "vc" or "fe"
-        num_low, dist_low, num_high, dist_high
-            numbers of points below and above the estimate, and how far they reach, user units
-
-        Returns
-        -------
-        (num_low + 1 + num_high, 2): value in user units, log-likelihood
-
-        Raises
-        ------
-        ValueError
-            an unknown vtype or parameter, or a variance below zero
-        """
-        if vtype == "fe":
-            value, profile = self._fixed_profile(re_ix)
-        elif vtype in ("re", "vc"):
-            value, profile = self._variance_profile(re_ix, vtype)
-            if value - dist_low < 0:
-                raise ValueError(
-                    f"dist_low={dist_low:g} is too large: the profile would begin at the negative "
-                    f"variance {value - dist_low:.4g}"
-                )
-        else:
-            raise ValueError(f"vtype={vtype!r}: must be 're', 'vc' or 'fe'")
-        left = np.linspace(value - dist_low, value, num_low + 1)
-        right = np.linspace(value, value + dist_high, num_high + 1)[1:]
-        return np.array([[v, profile(v)] for v in np.concatenate([left, right])])
-
-    def _fixed_profile(self, name: Any) -> tuple[float, Any]:
-        names = self._fixed_names
-        if name not in names:
-            raise ValueError(f"no fixed effect is called {name!r}: they are {', '.join(names)}")
-        j = names.index(name)
-        prepared, found = self._prepared, self._estimates
-        return float(found.beta[j]), lambda v: profile_fixed(prepared, found, j, float(v))
-
-    def _variance_profile(self, re_ix: Any, vtype: str) -> tuple[float, Any]:
-        labels = [bar.label for bar in self._prepared.bars if bar.component is not None]
-        if vtype == "re" and not (isinstance(re_ix, int | np.integer) and 0 <= re_ix < self.k_re):
-            raise ValueError(f"re_ix={re_ix!r}: must be a number, 0..{self.k_re - 1}")
-        if vtype == "vc" and re_ix not in labels:
-            raise ValueError(f"no variance component is called {re_ix!r}: they are {labels}")
-        at = int(re_ix) if vtype == "re" else self.k_re + labels.index(re_ix)
-        prepared, found = self._prepared, self._estimates
-        value = float(found.variances.Psi[at, at] * found.sigma2)
-        return value, lambda v: profile_variance(prepared, found, at, float(v))
 
     # ----------------------------------------------------------------------------- presentation
 
@@ -555,50 +380,3 @@ class MixedLMResults(Estimated):
                 "digits_lost": certificate.digits_lost,
             },
         }
-
-
-class _ByLabel(dict[Any, Any]):
-    """A value per group label, made when it is asked for; a dict that cannot be changed."""
-
-    def __init__(self, index: pd.Index, make: Any) -> None:
-        super().__init__()
-        self._index, self._make = index, make
-
-    def __getitem__(self, label: Any) -> Any:
-        try:
-            hash(label)
-            position = self._index.get_loc(label)
-            found = bool(self._index[position] == label)
-        except Exception:  # pandas has many ways to say that a thing is no label
-            raise KeyError(label) from None
-        # get_loc also takes a part of a composite key or of a date: a slice, or another label
-        if not (isinstance(position, int | np.integer) and found is True):
-            raise KeyError(label)
-        return self._make(position, label)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} groups: {', '.join(map(repr, self._index[:3]))}, ...>"
-
-    def __reversed__(self) -> Iterator[Any]:
-        return iter(self._index[::-1])
-
-    # dict's own methods look past __getitem__; Mapping's go through it
-    get, keys, values, items = Mapping.get, Mapping.keys, Mapping.values, Mapping.items  # type: ignore
-    __contains__, __eq__ = Mapping.__contains__, Mapping.__eq__
-    __hash__ = None
-
-    def copy(self) -> dict[Any, Any]:
-        """Plain dict of all values."""
-        return {label: self[label] for label in self}
-
-    def _unchangeable(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("estimates do not change: copy() makes a dict of them")
-
-    __setitem__ = __delitem__ = __ior__ = _unchangeable
-    clear = pop = popitem = setdefault = update = _unchangeable

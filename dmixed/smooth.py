@@ -124,6 +124,7 @@ class _Smooth:
     scale: Floats
     callback: Callable[[int, Step], None] | None
     path: list[Step]
+    ceiling: float = np.inf
     _last: tuple[bytes, Derivatives | None] | None = None
 
     def at(self, u: Floats) -> Derivatives | None:
@@ -173,9 +174,9 @@ class _Smooth:
         return Derivatives(value, pulled.gradient * s, pulled.hessian * np.outer(s, s))
 
     def value(self, u: Floats) -> float:
-        """Value for scipy: inf where it is not defined."""
+        """Value for scipy: ``ceiling`` where it is not defined; line searches stop at inf."""
         found = self.at(u)
-        return np.inf if found is None else found.value
+        return self.ceiling if found is None else found.value
 
     def gradient(self, u: Floats) -> Floats:
         """Gradient for scipy."""
@@ -247,6 +248,7 @@ def fit_smooth(
     if here is None:
         raise DataError("the likelihood (or a penalty) is not defined at the starting values")
     smooth.scale = 1.0 / np.sqrt(np.maximum(np.abs(np.diag(here.hessian)), 1e-12))
+    smooth.ceiling = here.value + 1e3 * (1.0 + abs(here.value))
     smooth._last = None
     method = search.method or "trust-exact"
     settings = search.options or ({"gtol": 1e-7, "maxiter": 500} if search.method is None else {})

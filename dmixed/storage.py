@@ -315,7 +315,8 @@ def _moments(manifest: _Manifest, folder: Path) -> Moments:
     *arrays, rows, WtF = read_table(folder / CELLS, manifest.files[CELLS], cells)
     labels, counts = keys.Labels(spec.group, tuple(arrays)), rows.to_numpy()
     _, (codes,) = keys.align([labels])
-    if not np.array_equal(codes, np.arange(len(labels))) or counts.min(initial=1) < 1:
+    once = np.array_equal(codes, np.arange(len(labels)))
+    if not once or len(counts) == 0 or counts.min() < 1:
         raise DataError(f"{folder / CELLS}: each label must be there once, and have rows")
     sums = [(name, list_type(k)) for name in _sums(spec)]
     FtF, *plain = read_table(folder / COLUMNS, manifest.files[COLUMNS], sums)
