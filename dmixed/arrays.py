@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from dmixed.errors import DataError
-from dmixed.naming import VC_LEVEL, Names
+from dmixed.naming import VC_COLUMN, VC_LEVEL, Names
 from dmixed.params import VCSpec
 
 
@@ -323,7 +323,7 @@ def _component(name: str, blocks: Sequence[_Block], columns: dict[str, Any], n: 
                 part: Any = block.matrix[:, [j]]
                 dense = part if isinstance(part, np.ndarray) else part.toarray()
                 column[block.rows] = dense[:, 0]
-        key = widest.names[j].replace("`", "'")
+        key = VC_COLUMN + widest.names[j].replace("`", "'")
         while key in columns:
             key += "_"
         columns[key] = column

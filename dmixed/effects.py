@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from dmixed import keys
 from dmixed.design import component_column
 from dmixed.levels import Index, clusters
-from dmixed.naming import VC_LEVEL
+from dmixed.naming import VC_COLUMN, VC_LEVEL
 from dmixed.preparation import Prepared
 
 
@@ -88,13 +89,28 @@ class Effects:
             met = np.zeros(term.n_levels, np.bool_)
             met[term.codes[term.codes >= 0]] = True
             order = order[met[order]]
-            effects.append((base + order[:, None] * times + np.arange(times)).ravel())
-            groups.append(np.repeat(place[self._group_of_level[i][order]], times))
+            there = self._columns_there(i)[order].ravel()
+            effects.append((base + order[:, None] * times + np.arange(times)).ravel()[there])
+            groups.append(np.repeat(place[self._group_of_level[i][order]], times)[there])
             ranks.append(np.full(len(effects[-1]), number))
             base += term.n_levels * times
         effect, group = np.concatenate(effects), np.concatenate(groups)
         by_group = np.lexsort((np.arange(len(effect)), np.concatenate(ranks), group))
         return effect[by_group], group[by_group]
+
+    def _columns_there(self, i: int) -> NDArray[np.bool_]:
+        """(levels, copies) whether a level has a column: one of a `VCSpec` may be missing."""
+        term, design = self.prepared.problem.terms[i], self.prepared.terms[i]
+        times = term.T.shape[1] if term.repeated else 1
+        there = np.ones((term.n_levels, times), np.bool_)
+        own = [j for j, name in enumerate(design.names) if name.strip("`").startswith(VC_COLUMN)]
+        moments, used = self.prepared.moments.group, term.codes >= 0
+        for j in own if term.repeated else ():
+            w = term.T[list(moments.random), j]
+            square = np.einsum("a,nab,b->n", w, moments.WtF[:, :, list(moments.random)], w)
+            size = np.bincount(term.codes[used], square[used], minlength=term.n_levels)
+            there[:, j] = size > 1e-20 * size.max(initial=0.0)
+        return there
 
     @cached_property
     def _components(self) -> dict[int, tuple[Index, Index]]:
@@ -121,7 +137,7 @@ class Effects:
                     str(values[labels.names.index(own[0])])
                     if own
                     else component_column(design, values, j)
-                )
+                ).replace(VC_COLUMN, "")
                 return f"{self.prepared.bars[block].component}[{name}]"
             base += term.n_levels * times
         raise IndexError(effect)

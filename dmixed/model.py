@@ -144,7 +144,8 @@ class MixedLM(FitsOfModel):
         """
         del use_sparse
         _refuse(unknown)
-        texts = [formula, re_formula, *(vc_formula or {}).values()]
+        components = vc_formula.values() if isinstance(vc_formula, Mapping) else ()
+        texts = [formula, re_formula, *components]
         own = joined(context, sys._getframe(1), [t for t in texts if isinstance(t, str)])
         data, key = with_groups(data, groups)
         if subset is not None:
@@ -155,6 +156,8 @@ class MixedLM(FitsOfModel):
                     "subset= needs a pandas DataFrame: filter other data before the fit"
                 )
             data = data.loc[subset]
+        if isinstance(vc_formula, Mapping) and all(isinstance(name, str) for name in vc_formula):
+            vc_formula = dict(sorted(vc_formula.items()))  # as statsmodels orders them
         parsed = parse_parts(formula, key, re_formula, own, vc_formula)
         model = cls._of(parsed, data, weights, offset, missing, client, own, storage_options)
         model.use_sqrt = bool(use_sqrt)

@@ -8,6 +8,10 @@ VC_LEVEL = "(levels) "
 """Begins the name of a column that holds the column names of a `VCSpec`."""
 
 
+VC_COLUMN = "(column) "
+"""Begins the name of a column that holds numbers of a `VCSpec`; zero where a group has it not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Names to show; None where the design's own names stand.

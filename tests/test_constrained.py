@@ -30,11 +30,11 @@ both = pytest.mark.parametrize("reml", [True, False], ids=["REML", "ML"])
 @functools.cache
 def table():
     """Groups g with levels h inside; slopes of x and z vary over g."""
-    rng = np.random.default_rng(8)
+    rng = np.random.default_rng(9)
     n = GROUPS * SIZE
     g, h = np.arange(n) // SIZE, np.arange(n) // 2 % 3
     x, z = rng.normal(0.5, 1, n), rng.normal(0, 1, n)
-    b = rng.standard_normal((GROUPS, 3)) @ np.array([[1, 0.4, 0.2], [0, 0.8, 0.3], [0, 0, 0.7]])
+    b = rng.standard_normal((GROUPS, 3)) @ np.array([[1, 0.2, 0.1], [0, 0.8, 0.1], [0, 0, 1.6]])
     y = 1 + 2 * x - z + b[g, 0] + b[g, 1] * x + b[g, 2] * z
     y += 0.9 * rng.standard_normal(3 * GROUPS)[3 * g + h] + 0.6 * rng.standard_normal(n)
     return pd.DataFrame({"y": y, "x": x, "z": z, "g": g, "h": h})
@@ -73,7 +73,7 @@ def dense(params, reml, beta=None):
 
 def params(fe, cov, vcomp=()):
     return MixedLMParams.from_components(
-        np.array(fe, float), np.array(cov, float).reshape(len(cov), -1), vcomp=np.array(vcomp)
+        np.array(fe, float), np.array(cov, float).reshape(len(cov), len(cov)), vcomp=vcomp
     )
 
 
@@ -88,7 +88,8 @@ def from_entries(v, k_re):
 
 def assert_same_fit(a, b, tol=1e-6):
     assert a.llf == pytest.approx(b.llf, abs=1e-9 * abs(b.llf))
-    assert np.allclose(a.fe_params, b.fe_params, rtol=0, atol=tol * np.asarray(b.bse_fe))
+    se = np.nan_to_num(np.asarray(b.bse_fe), nan=0.0)  # held
+    assert np.allclose(a.fe_params, b.fe_params, rtol=0, atol=tol * se)
     assert a.scale == pytest.approx(b.scale, rel=tol)
     size = np.sqrt(np.diag(b.cov_re))
     assert np.all(np.abs(np.subtract(a.cov_re, b.cov_re)) <= tol * np.outer(size, size))
@@ -120,7 +121,7 @@ MASKS = {
     ),
     "only variance held": (1, False, params([1, 1, 1], [[0]]), params([], [[2.0]])),
     "pieces of three": (
-        3, False, params([1, 1, 1], [[1, 1, 0], [1, 1, 0], [0, 0, 1]]), None
+        3, False, params([1, 1, 1], [[1, 1, 0], [1, 1, 0], [0, 0, 1.6]]), None
     ),
     "chain of three": (
         3, False, params([1, 1, 1], [[1, 1, 0], [1, 1, 1], [0, 1, 1]]), None
@@ -226,7 +227,7 @@ def test_of_several_methods_the_first_that_converges():
 @pytest.mark.parametrize("name", ["covariance held", "variance held", "chain of three"])
 def test_steps_that_leave_the_covariances_are_taken_back(name, method):
     """From starts that are far off, line searches meet matrices that are no covariances."""
-    k_re, vc, free, start = MASKS[name]
+    k_re, vc, free, _ = MASKS[name]
     base = constrained(name, True)
     far = params([], [[4.0, 0.3], [0.3, 0.1]], [0.05]) if k_re == 2 else params([], 5.0 * np.eye(3))
     if name == "variance held":
@@ -412,8 +413,8 @@ def test_penalties_of_statsmodels():
     penalties = pytest.importorskip("statsmodels.base._penalties")
     a = model(2).fit(fe_pen=penalties.L2(weights=np.array([0.0, 2.0, 2.0])))
     assert_same_fit(a, model(2).fit(fe_pen=Ridge(0, 2, 2)))
-    b = model(2).fit(cov_pen=penalties.PSD())
-    assert_same_fit(b, model(2).fit(cov_pen=LogDet(1.0)))
+    b = model(2).fit(cov_pen=penalties.PSD(0.7))
+    assert_same_fit(b, model(2).fit(cov_pen=LogDet(0.7)))
 
 
 @both
@@ -463,7 +464,7 @@ def test_a_penalised_fit_with_parameters_held():
      ("l1", 0.0, 1.0)],
 )  # fmt: skip
 def test_shrinkage_meets_its_optimality_conditions(method, alpha, l1_ratio, reml):
-    """For each effect, ``2 x'V^-1 (y - X b) = alpha (r sign(b) + (1 - r) b)``, or not more than it."""
+    """For each effect, ``2 x'V^-1 (y - X b) = alpha (r sign(b) + (1 - r) b)``, or is not more."""
     y, X, _ = design()
     free = model(2, True).fit(reml=reml)
     result = model(2, True).fit_regularized(

@@ -171,12 +171,12 @@ class TestComponents:
         assert (bar.component, bar.group, formula.groups) == ("v", ("g",), ("g",))
         assert bar.text == f"v: {' + '.join(terms if '1' in terms else ['0', *terms])}"
 
-    def test_they_come_by_name_after_the_random_coefficients(self) -> None:
+    def test_they_come_as_given_after_the_random_coefficients(self) -> None:
         parts = {"b": "0 + C(b)", "a": "0 + u", "B": "0 + v"}
         formula = parse_parts("y ~ x", ["g", "h"], "~z", vc_formula=parts)
-        assert [bar.component for bar in formula.bars] == [None, "B", "a", "b"]
+        assert [bar.component for bar in formula.bars] == [None, "b", "a", "B"]
         assert {bar.group for bar in formula.bars} == {("g", "h")}
-        assert formula.columns == ("y", "x", "z", "v", "u", "b", "g", "h")
+        assert formula.columns == ("y", "x", "z", "b", "u", "v", "g", "h")
         assert pickle.loads(pickle.dumps(formula)) == formula
         alone = parse_parts("y ~ x", "g", None, vc_formula=parts)
         assert [bar.component for bar in alone.bars] == ["B", "a", "b"]

@@ -793,7 +793,6 @@ def test_components_by_group_label_must_name_every_group():
     assert found.k_vc == 1
 
 
-@pytest.mark.xfail(reason="components are sorted by name, as if they came from a formula")
 def test_components_of_arrays_keep_their_order():
     """statsmodels sorts the components of a formula, and takes a `VCSpec` as it is."""
     whole = [["all"]] * 4
@@ -805,7 +804,6 @@ def test_components_of_arrays_keep_their_order():
     assert own.loglike([0.5, 2.0]) != pytest.approx(own.loglike([2.0, 0.5]), rel=1e-3)
 
 
-@pytest.mark.xfail(reason="columns that a group does not have are listed too, as zero")
 def test_a_group_has_the_effects_of_its_own_columns_alone():
     """Groups with fewer columns of a component have fewer effects, as in statsmodels."""
     rng = np.random.default_rng(4)

@@ -172,7 +172,7 @@ class TestComponents:
         assert terms(spec) == expected
 
     def test_beside_random_coefficients(self) -> None:
-        design, _ = fit(components("~x", ["g", "h"], b="0 + x", a="0 + C(f)"), table(DATA))
+        design, _ = fit(components("~x", ["g", "h"], a="0 + C(f)", b="0 + x"), table(DATA))
         assert design.spec.group == ("g", "h", "f")
         assert [(t.block, t.key, t.names) for t in design.terms] == [
             (0, (0, 1), ("Intercept", "x")),

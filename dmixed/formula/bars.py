@@ -105,7 +105,7 @@ def bar_of(terms: tuple[Term, ...], group: tuple[str, ...]) -> Bar:
 def read_components(
     given: object, group: tuple[str, ...], context: Collection[str]
 ) -> Iterator[Bar]:
-    """Variance components of a model in statsmodels' words, by name.
+    """Variance components of a model in statsmodels' words, in the order given.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def read_components(
     for name in given:
         if not isinstance(name, str) or not name.strip():
             raise FormulaError(f"vc_formula: {name!r} cannot name a component; names are text")
-    for name in sorted(given):
+    for name in given:
         terms = one_sided(given[name], f"vc_formula[{name!r}]", "0 + C(cask)", context)
         yield Bar(terms, group, f"{name}: {_sum(terms)}", name)
 

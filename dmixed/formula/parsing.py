@@ -37,7 +37,7 @@ class Words:
     re_formula
         terms of the random coefficients, or None
     vc_formula
-        names and terms of the variance components, sorted
+        names and terms of the variance components
     """
 
     groups: tuple[str, ...]
