@@ -82,8 +82,7 @@ def entries(cov, vcomp):
 
 
 def from_entries(v, k_re):
-    made = MixedLMParams.from_packed(v, 0, k_re, False, False)
-    return made
+    return MixedLMParams.from_packed(v, 0, k_re, False, False)
 
 
 def assert_same_fit(a, b, tol=1e-6):
@@ -187,21 +186,31 @@ def test_held_parameters_stay_and_the_rest_is_an_optimum(name, reml):
 
 
 METHODS = [
-    "bfgs", "lbfgs", "cg", "nm", "powell", "ncg", "newton", "basinhopping", ["powell", "bfgs"],
-    ["lbfgs", None],
+    "bfgs", "lbfgs", "cg", "ncg", "newton", "basinhopping", ["lbfgs", None], "nm", "powell",
+    ["powell", "bfgs"],
 ]  # fmt: skip
+MANY = 3
+"""The last of them take hundreds of evaluations, more with effects as coordinates."""
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize(
-    ("name", "reml"),
-    [("nothing held", True), ("covariances at zero", False), ("covariance held", True),
-     ("variance held", False), ("component held", True), ("effect held", True),
-     ("effects held at zero", False)],
-)  # fmt: skip
+    ("name", "reml", "method"),
+    [
+        (name, reml, method)
+        for name, reml, methods in (
+            ("nothing held", True, METHODS[:-MANY]),
+            ("covariances at zero", False, METHODS),
+            ("covariance held", True, METHODS),
+            ("variance held", False, METHODS),
+            ("component held", True, METHODS),
+            ("effect held", True, METHODS[:-MANY]),
+            ("effects held at zero", False, METHODS),
+        )
+        for method in methods
+    ],
+    ids=str,
+)
 def test_every_method_finds_the_same_optimum(name, reml, method):
-    if method in ("nm", "powell", ["powell", "bfgs"]) and name == "effect held":
-        pytest.skip("hundreds of evaluations, and the other masks say the same")
     k_re, vc, free, start = MASKS[name]
     settings = {"tol": 1e-13} if method == "basinhopping" else {}  # scipy's own stops early
     result = model(k_re, vc).fit(start, reml=reml, free=free, method=method, **settings)
@@ -235,6 +244,36 @@ def test_steps_that_leave_the_covariances_are_taken_back(name, method):
     own = {"tol": 1e-13} if method == "tnc" else {}
     found = model(k_re, vc).fit(far, free=free, method=method, **own)
     assert_same_fit(found, base, 1e-4)
+
+
+@pytest.mark.xfail(reason="held entries: the free ones of a matrix are coordinates, no root is")
+@both
+def test_an_optimum_with_a_correlation_of_one(reml):
+    """A variance held far below its estimate: the best covariance is singular."""
+    free, start = params([1, 1, 1], [[0, 1], [1, 1]], [1]), params([], np.diag([0.01, 0.5]), [0.2])
+
+    def f(v: np.ndarray) -> float:
+        L = np.array([[0.1, 0.0], [v[0], v[1]]])
+        return dense(params([], L @ L.T, [v[2] ** 2]), reml)
+
+    result = model(2, True).fit(start, reml=reml, free=free)
+    assert -2 * result.llf == pytest.approx(best(f, [0.5, 0.1, 0.8]), abs=1e-6)
+    assert result.converged
+
+
+@both
+def test_what_is_held_at_zero_is_not_in_the_model(reml):
+    start, free = params([], np.diag([1.0, 0.0])), params([1, 1, 1], np.diag([1, 0]))
+    result, other = model(2).fit(start, reml=reml, free=free), model(1).fit(reml=reml)
+    assert result.llf == pytest.approx(other.llf, rel=1e-11)
+    assert np.allclose(result.fe_params, other.fe_params, rtol=0, atol=1e-8)
+    assert result.cov_re.iloc[0, 0] == pytest.approx(other.cov_re.iloc[0, 0], rel=1e-7)
+    assert np.isnan(result.bse_re.iloc[1:]).all()
+    assert result.bse_re.iloc[0] == pytest.approx(other.bse_re.iloc[0], rel=1e-6)
+    assert np.array_equal(result.ranef().iloc[:, 1], np.zeros(GROUPS))
+    assert np.allclose(result.ranef().iloc[:, 0], other.ranef().iloc[:, 0], rtol=0, atol=1e-7)
+    assert not result.singular
+    assert result.aic == pytest.approx(other.aic, nan_ok=True)
 
 
 @both
@@ -458,12 +497,12 @@ def test_a_penalised_fit_with_parameters_held():
 
 @both
 @pytest.mark.parametrize(
-    ("method", "alpha", "l1_ratio"),
-    [("l1", 30.0, 1.0), ("l1", [0.0, 60.0, 20.0], 1.0), ("l1", 1e6, 1.0),
-     ("elastic_net", 30.0, 0.5), ("elastic_net", [5.0, 40.0, 4.0], 0.2), ("elastic_net", 20.0, 0.0),
-     ("l1", 0.0, 1.0)],
+    ("method", "alpha", "l1_ratio", "zeros"),
+    [("l1", 4.0, 1.0, 0), ("l1", [0.0, 60.0, 20.0], 1.0, 1), ("l1", 1e6, 1.0, 3),
+     ("elastic_net", 10.0, 0.5, 0), ("elastic_net", [5.0, 40.0, 400.0], 0.6, 1),
+     ("elastic_net", 1e3, 0.0, 0), ("l1", 0.0, 1.0, 0)],
 )  # fmt: skip
-def test_shrinkage_meets_its_optimality_conditions(method, alpha, l1_ratio, reml):
+def test_shrinkage_meets_its_optimality_conditions(method, alpha, l1_ratio, zeros, reml):
     """For each effect, ``2 x'V^-1 (y - X b) = alpha (r sign(b) + (1 - r) b)``, or is not more."""
     y, X, _ = design()
     free = model(2, True).fit(reml=reml)
@@ -478,11 +517,7 @@ def test_shrinkage_meets_its_optimality_conditions(method, alpha, l1_ratio, reml
     active = b != 0
     assert np.all(np.abs(slope - pull)[active] <= 1e-6 * size[active])
     assert np.all(np.abs(slope[~active]) <= (weights * l1_ratio)[~active] + 1e-6)
-    assert (
-        active.all() == (method == "elastic_net" and l1_ratio == 0.0)
-        or np.size(alpha) > 1
-        or (alpha in (0.0, 30.0))
-    )
+    assert np.count_nonzero(~active) == zeros
     # the active columns alone, at the same V up to its scale
     df = len(y) - 3 if reml else len(y)
     r = y - X @ b

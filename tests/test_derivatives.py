@@ -74,8 +74,10 @@ def matrices(kind):
         if kind == "leaves":
             found.append(indicator(rng, n, 5 + g % 2))
         elif kind == "weighted":
-            weight = rng.uniform(0.3, 2, n) * (rng.uniform(size=n) > 0.15)  # some rows: no effect
-            found.append(indicator(rng, n, (5, 5, 6, 5)[g % 4]) * weight[:, None])
+            levels, weight = indicator(rng, n, (5, 5, 6, 5)[g % 4]), rng.uniform(0.3, 2, n)
+            most = np.flatnonzero(levels[:, levels.sum(axis=0).argmax()])
+            weight[most[1:]] = 0.0  # rows without any effect
+            found.append(levels * weight[:, None])
         else:
             found.append(rng.normal(0.4, 1, (n, 1 + g % 3)))
     return found
@@ -95,7 +97,7 @@ def dense(kind):
 
 def kinds_of(k_re, k_vc):
     """Which components: each kind alone, and each pair, with some number of coefficients."""
-    return [KINDS[(k_re + j) % 3] for j in range(k_vc)]
+    return [KINDS[(k_re + 1 + j) % 3] for j in range(k_vc)]
 
 
 @functools.cache

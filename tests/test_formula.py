@@ -179,7 +179,7 @@ class TestComponents:
         assert formula.columns == ("y", "x", "z", "b", "u", "v", "g", "h")
         assert pickle.loads(pickle.dumps(formula)) == formula
         alone = parse_parts("y ~ x", "g", None, vc_formula=parts)
-        assert [bar.component for bar in alone.bars] == ["B", "a", "b"]
+        assert [bar.component for bar in alone.bars] == ["b", "a", "B"]
         assert parse_parts("y ~ x", "g", None, vc_formula={}) == parse_parts("y ~ x", "g", None)
 
     def test_pi_and_functions_of_the_caller(self) -> None:
