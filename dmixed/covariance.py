@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +43,7 @@ class Blocks:
     @property
     def slices(self) -> tuple[slice, ...]:
         """Where each bar's columns stand among the q."""
-        ends = np.cumsum(self.sizes)
-        return tuple(slice(int(e) - s, int(e)) for e, s in zip(ends, self.sizes, strict=True))
+        return _slices(self.sizes)
 
     @property
     def moving(self) -> NDArray[np.bool_]:
@@ -56,12 +56,7 @@ class Blocks:
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """Entries (a, b), a >= b, of Psi inside the blocks, row by row."""
-        return tuple(
-            (block.start + a, block.start + b)
-            for block in self.slices
-            for a in range(block.stop - block.start)
-            for b in range(a + 1)
-        )
+        return _pairs(self.sizes)
 
     @property
     def theta_pairs(self) -> tuple[tuple[int, int], ...]:
@@ -102,6 +97,22 @@ class Blocks:
         for value, (a, b) in zip(packed, self.pairs, strict=True):
             matrix[a, b] = matrix[b, a] = value
         return matrix
+
+
+@cache
+def _slices(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    ends = np.cumsum(sizes)
+    return tuple(slice(int(e) - s, int(e)) for e, s in zip(ends, sizes, strict=True))
+
+
+@cache
+def _pairs(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        (block.start + a, block.start + b)
+        for block in _slices(sizes)
+        for a in range(block.stop - block.start)
+        for b in range(a + 1)
+    )
 
 
 def _lower(root: Floats) -> Floats:

@@ -51,6 +51,9 @@ RETRIES = 3
 SLICE = 16 * GROUPS
 """Groups of one factor evaluated by one task."""
 
+FEW_CLUSTERS = 1024
+"""Clusters in all that are not worth the threads, if every bucket is a single chunk."""
+
 TASK_CHUNKS = 16
 """Chunks of clusters evaluated by one task."""
 
@@ -253,6 +256,9 @@ class Evaluator:
             for step in [TASK_CHUNKS * part.step if isinstance(part, Bucket) else SLICE]
             for start in range(0, part.n_groups, step)
         ]
+        self.small = sum(part.n_groups for part in factors.parts) <= FEW_CLUSTERS and all(
+            isinstance(part, Bucket) and part.step >= part.n_groups for part in factors.parts
+        )
 
     def __call__(self, root: Floats, order: int = 2) -> ProfileTerms:
         """Terms up to derivatives of an order, added slice by slice in order."""
@@ -261,7 +267,7 @@ class Evaluator:
             partial(profile_terms, blocks, part, root, order, groups)
             for part, groups in self.slices
         ]
-        if len(calls) == 1:
-            return calls[0]()
+        if len(calls) == 1 or self.small:
+            return reduce(add, (call() for call in calls))
         tasks = [delayed(call, pure=False)() for call in calls]
         return reduce(add, dask.compute(*tasks, scheduler="threads"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,10 +129,13 @@ class LikelihoodFunctions:
         return joint(self._prepared.problem, at, params.fe_params, by_reml), self.k_fe
 
     def _rooted(self, params: MixedLMParams, found: Derivatives, p: int) -> Derivatives:
+        """Gradient along [the p fixed effects, roots], Hessian along the roots."""
         L = np.zeros((self._blocks.q,) * 2)
         L[: self.k_re, : self.k_re] = lower_root(params.cov_re)
         L[self.k_re :, self.k_re :] = np.diag(np.sqrt(params.vcomp))
-        return along_root(self._blocks, found, L, p)
+        own = Derivatives(found.value, found.gradient[p:], found.hessian[p:, p:])
+        rooted = along_root(self._blocks, own, L)
+        return replace(rooted, gradient=np.append(found.gradient[:p], rooted.gradient))
 
     # ------------------------------------------------------------------ functions
 

@@ -289,7 +289,7 @@ def named_minimize(
     common = {"tol": options.pop("tol")} if "tol" in options else {}
     derivatives = _derivatives(objective, method if method != "basinhopping" else "L-BFGS-B")
     if method == "basinhopping":
-        local: Any = {"method": "L-BFGS-B", **derivatives, **common}
+        local: Any = {"method": "L-BFGS-B", "options": TIGHT["L-BFGS-B"], **derivatives, **common}
         allowed = {k: v for k, v in options.items() if k in ("niter", "T", "stepsize")}
         hops = {"niter": 10, "rng": 0, **allowed}
         return basinhopping(

@@ -14,103 +14,16 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Floats
-from dmixed.covariance import Blocks
+from dmixed.covariance import Blocks, rebase
 from dmixed.errors import DataError
 from dmixed.fitting import Estimates, Search, criterion_at, estimates_at, psd_root
 from dmixed.held import CovariancePenalty, Held, Penalties, Piece
 from dmixed.inference.joint import Derivatives, joint, natural_of_user, profiled
 from dmixed.inference.variances import VarianceEstimates
 from dmixed.likelihood import Criterion, degrees_of_freedom
-from dmixed.optimizer import Certificate, OptimizeSummary, Step, named_minimize
+from dmixed.optimizer import ZERO, Certificate, OptimizeSummary, Step, named_minimize
+from dmixed.parametrisation import Coordinates
 from dmixed.preparation import Prepared
-
-
-@dataclass(frozen=True, slots=True)
-class _Coordinates:
-    """Free coordinates x: free fixed effects (if they are coordinates), then those of Psi.
-
-    A free piece moves by the lower triangle of its Cholesky factor, a mixed one by its free
-    entries themselves.
-    """
-
-    blocks: Blocks
-    held: Held
-    parts: tuple[Piece, ...]
-    with_beta: bool
-
-    def start(self) -> Floats:
-        """Coordinates of the held values, free variances of zero moved a little off zero."""
-        x = [self.held.beta[self.held.free_beta]] if self.with_beta else []
-        for part in self.parts:
-            Psi = self.held.Psi[np.ix_(part.columns, part.columns)]
-            if part.kind == "free":
-                L = np.asarray(np.linalg.qr(psd_root(Psi).T, mode="r")).T
-                L = L * np.where(np.diag(L) < 0, -1.0, 1.0)
-                L[np.diag_indices(len(L))] = np.maximum(np.diag(L), 1e-3)
-                x.append(L[np.tril_indices(len(L))])
-            elif part.kind == "mixed":
-                x.append(np.array([self.held.Psi[pair] for pair in self._free(part)]))
-        return np.concatenate([np.zeros(0), *x])
-
-    def _free(self, part: Piece) -> list[tuple[int, int]]:
-        place = {pair: x for x, pair in enumerate(self.blocks.pairs)}
-        own = part.columns
-        pairs = [(a, b) for a in own for b in own if b <= a]
-        return [pair for pair in pairs if self.held.free_pairs[place[pair]]]
-
-    def values(self, x: Floats) -> tuple[Floats, Floats]:
-        """Fixed effects (p,) and Psi (q, q) at coordinates."""
-        beta, Psi = self.held.beta.copy(), self.held.Psi.copy()
-        at = int(self.held.free_beta.sum()) if self.with_beta else 0
-        if self.with_beta:
-            beta[self.held.free_beta] = x[:at]
-        for part in self.parts:
-            own = list(part.columns)
-            if part.kind == "free":
-                L = np.zeros((len(own),) * 2)
-                size = len(own) * (len(own) + 1) // 2
-                L[np.tril_indices(len(own))] = x[at : at + size]
-                Psi[np.ix_(own, own)] = L @ L.T
-                at += size
-            elif part.kind == "mixed":
-                for a, b in self._free(part):
-                    Psi[a, b] = Psi[b, a] = x[at]
-                    at += 1
-        return beta, Psi
-
-    def pull(self, x: Floats, at: Derivatives) -> Derivatives:
-        """Derivatives along x from those along [beta (if with_beta), entries of Psi]."""
-        place = {pair: y for y, pair in enumerate(self.blocks.pairs)}
-        p = len(self.held.beta) if self.with_beta else 0
-        J = np.zeros((len(at.gradient), len(x)))
-        extra = np.zeros((len(x), len(x)))
-        i = 0
-        if self.with_beta:
-            for j in np.flatnonzero(self.held.free_beta).tolist():
-                J[j, i] = 1.0
-                i += 1
-        for part in self.parts:
-            own = part.columns
-            if part.kind == "mixed":
-                for pair in self._free(part):
-                    J[p + place[pair], i] = 1.0
-                    i += 1
-            elif part.kind == "free":
-                rows, cols = np.tril_indices(len(own))
-                L = np.zeros((len(own),) * 2)
-                L[rows, cols] = x[i : i + len(rows)]
-                entries = list(zip(rows.tolist(), cols.tolist(), strict=True))
-                for s, (c, d) in enumerate(entries):
-                    for e in range(len(own)):  # d Psi[c, e] / d L[c, d] = L[e, d] (1 + [c = e])
-                        pair = (max(own[c], own[e]), min(own[c], own[e]))
-                        J[p + place[pair], i + s] += L[e, d] * (2.0 if c == e else 1.0)
-                    for t, (e, f) in enumerate(entries):
-                        if d == f:
-                            pair = (max(own[c], own[e]), min(own[c], own[e]))
-                            slope = at.gradient[p + place[pair]]
-                            extra[i + s, i + t] += slope * (2.0 if c == e else 1.0)
-                i += len(rows)
-        return Derivatives(at.value, J.T @ at.gradient, J.T @ at.hessian @ J + extra)
 
 
 @dataclass(slots=True)
@@ -119,7 +32,7 @@ class _Smooth:
 
     prepared: Prepared
     reml: bool
-    coordinates: _Coordinates
+    coordinates: Coordinates
     penalties: Penalties
     scale: Floats
     callback: Callable[[int, Step], None] | None
@@ -241,7 +154,7 @@ def fit_smooth(
     """
     blocks = prepared.problem.factors.blocks
     with_beta = penalties.fixed is not None or not held.free_beta.all()
-    coordinates = _Coordinates(blocks, held, tuple(parts), with_beta)
+    coordinates = Coordinates(blocks, held, tuple(parts), with_beta)
     x0 = coordinates.start()
     smooth = _Smooth(prepared, reml, coordinates, penalties, np.ones(len(x0)), search.callback, [])
     here = smooth.at(x0)
@@ -283,7 +196,7 @@ def _proof(end: Derivatives, prepared: Prepared, reml: bool, Psi: Floats) -> Cer
 def _smooth_estimates(
     prepared: Prepared,
     reml: bool,
-    coordinates: _Coordinates,
+    coordinates: Coordinates,
     x: Floats,
     penalties: Penalties,
     end: Derivatives,
@@ -300,7 +213,8 @@ def _smooth_estimates(
     p = len(beta) if coordinates.with_beta else 0
     m = len(blocks.pairs)
     cov_user = np.full((m + 1, m + 1), np.nan)
-    variances = VarianceEstimates(Psi, root, (False,) * blocks.q, covariance[p:, p:], cov_user)
+    zero = tuple((rebase(blocks, problem.natural @ root)[1] <= ZERO).tolist())
+    variances = VarianceEstimates(Psi, root, zero, covariance[p:, p:], cov_user)
     found = estimates_at(prepared, reml, at, problem.natural @ root, variances, summary)
     value, d_log_rss = at.value, natural_of_user(problem).T @ at.d_log_rss
     if coordinates.with_beta:
@@ -332,19 +246,14 @@ def _smooth_estimates(
     return found
 
 
-def _covariance_of(coordinates: _Coordinates, x: Floats, end: Derivatives, scale: Floats) -> Floats:
+def _covariance_of(coordinates: Coordinates, x: Floats, end: Derivatives, scale: Floats) -> Floats:
     """Covariance along [beta, entries of Psi]: NaN where a parameter does not move."""
     m = len(coordinates.blocks.pairs)
     p = len(coordinates.held.beta) if coordinates.with_beta else 0
     out = np.full((p + m, p + m), np.nan)
     if not len(x):
         return out
-    probe = Derivatives(0.0, np.zeros(p + m), np.zeros((p + m, p + m)))
-    J = np.empty((p + m, len(x)))
-    for i in range(p + m):  # rows of J, by pulling unit gradients back
-        unit = np.zeros(p + m)
-        unit[i] = 1.0
-        J[i] = coordinates.pull(x, replace(probe, gradient=unit)).gradient
+    J, _ = coordinates.jacobian(x, np.zeros(p + m))
     try:
         half = np.linalg.cholesky(0.5 * end.hessian)
     except np.linalg.LinAlgError:

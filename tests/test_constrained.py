@@ -246,7 +246,6 @@ def test_steps_that_leave_the_covariances_are_taken_back(name, method):
     assert_same_fit(found, base, 1e-4)
 
 
-@pytest.mark.xfail(reason="held entries: the free ones of a matrix are coordinates, no root is")
 @both
 def test_an_optimum_with_a_correlation_of_one(reml):
     """A variance held far below its estimate: the best covariance is singular."""

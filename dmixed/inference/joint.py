@@ -101,25 +101,8 @@ def natural_of_user(problem: Problem) -> Floats:
     return J
 
 
-def along_root(blocks: Blocks, at: Derivatives, L: Floats, p: int) -> Derivatives:
+def along_root(blocks: Blocks, at: Derivatives, L: Floats) -> Derivatives:
     """Derivatives along the lower triangle of L, Psi = L L', in the order of ``blocks.pairs``."""
-    g, H, _ = root_derivatives(blocks, at.gradient[p:], at.hessian[p:, p:], np.eye(blocks.q), L)
-    J = _root_jacobian(blocks, L)
-    gradient, hessian = at.gradient.copy(), at.hessian.copy()
+    g, H, _ = root_derivatives(blocks, at.gradient, at.hessian, np.eye(blocks.q), L)
     to_pairs = [blocks.theta_pairs.index(pair) for pair in blocks.pairs]
-    gradient[p:] = g[to_pairs]
-    hessian[p:, p:] = H[np.ix_(to_pairs, to_pairs)]
-    hessian[:p, p:] = at.hessian[:p, p:] @ J
-    hessian[p:, :p] = hessian[:p, p:].T
-    return Derivatives(at.value, gradient, hessian)
-
-
-def _root_jacobian(blocks: Blocks, L: Floats) -> Floats:
-    """J (m, m): entries of L L' along entries of L, both over ``blocks.pairs``."""
-    J = np.empty((len(blocks.pairs),) * 2)
-    for y, (c, d) in enumerate(blocks.pairs):
-        D = np.zeros((blocks.q, blocks.q))
-        D[c] = L[:, d]
-        D = D + D.T
-        J[:, y] = [D[a, b] for a, b in blocks.pairs]
-    return J
+    return Derivatives(at.value, g[to_pairs], H[np.ix_(to_pairs, to_pairs)])
