@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -291,7 +292,9 @@ def named_minimize(
     if method == "basinhopping":
         local: Any = {"method": "L-BFGS-B", "options": TIGHT["L-BFGS-B"], **derivatives, **common}
         allowed = {k: v for k, v in options.items() if k in ("niter", "T", "stepsize")}
-        hops = {"niter": 10, "rng": 0, **allowed}
+        # scipy 1.15 renamed the argument
+        seed = "rng" if "rng" in signature(basinhopping).parameters else "seed"
+        hops: Any = {"niter": 10, seed: 0, **allowed}
         return basinhopping(
             objective.value, x0, minimizer_kwargs=local, **hops
         ).lowest_optimization_result

@@ -72,7 +72,11 @@ def to_user(problem: Problem, at: Derivatives, p: int) -> Derivatives:
     """Derivatives along Psi in user units; the first p coordinates stay as they are."""
     J = np.eye(len(at.gradient))
     J[p:, p:] = natural_of_user(problem)
-    return Derivatives(at.value, J.T @ at.gradient, J.T @ at.hessian @ J)
+    return Derivatives(at.value, J.T @ at.gradient, _symmetric(J.T @ at.hessian @ J))
+
+
+def _symmetric(H: Floats) -> Floats:
+    return 0.5 * (H + H.T)
 
 
 def beta_slope(problem: Problem, at: Criterion) -> Floats:
@@ -105,4 +109,4 @@ def along_root(blocks: Blocks, at: Derivatives, L: Floats) -> Derivatives:
     """Derivatives along the lower triangle of L, Psi = L L', in the order of ``blocks.pairs``."""
     g, H, _ = root_derivatives(blocks, at.gradient, at.hessian, np.eye(blocks.q), L)
     to_pairs = [blocks.theta_pairs.index(pair) for pair in blocks.pairs]
-    return Derivatives(at.value, g[to_pairs], H[np.ix_(to_pairs, to_pairs)])
+    return Derivatives(at.value, g[to_pairs], _symmetric(H[np.ix_(to_pairs, to_pairs)]))
