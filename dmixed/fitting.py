@@ -10,7 +10,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Floats
-from dmixed.covariance import Blocks, root_derivatives
+from dmixed.covariance import root_derivatives
 from dmixed.errors import DataError
 from dmixed.executor import Evaluator, one_blas_thread
 from dmixed.factors import Problem
@@ -352,8 +352,3 @@ def estimates_at(
         summary=summary,
         beta_slope=beta_slope(problem, at),
     )
-
-
-def blocks_of(prepared: Prepared) -> Blocks:
-    """Blocks of Psi of a model."""
-    return prepared.problem.factors.blocks

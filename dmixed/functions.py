@@ -55,7 +55,7 @@ class LikelihoodFunctions:
     @property
     def k_re(self) -> int:
         """Columns of the random coefficients."""
-        return sum(len(bar.names) for bar in self._prepared.bars if bar.component is None)
+        return self._prepared.k_re
 
     @property
     def k_re2(self) -> int:
@@ -65,7 +65,7 @@ class LikelihoodFunctions:
     @property
     def k_vc(self) -> int:
         """Variance components."""
-        return sum(bar.component is not None for bar in self._prepared.bars)
+        return self._prepared.k_vc
 
     @property
     def k_params(self) -> int:

@@ -58,6 +58,16 @@ class Prepared:
         """Names of the p independent columns of X."""
         return tuple(self.design.fixed_names[j] for j in self.problem.fixed.kept)
 
+    @property
+    def k_re(self) -> int:
+        """Columns of the bars."""
+        return sum(len(bar.names) for bar in self.bars if bar.component is None)
+
+    @property
+    def k_vc(self) -> int:
+        """Variance components."""
+        return sum(bar.component is not None for bar in self.bars)
+
     def members(self, block: int) -> list[int]:
         """Positions of a block's terms."""
         return [i for i, term in enumerate(self.problem.terms) if term.block == block]
