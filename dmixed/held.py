@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from dmixed.blocks import Floats
 from dmixed.covariance import Blocks
+from dmixed.errors import DataError
 
 Mask = NDArray[np.bool_]
 
@@ -59,6 +60,14 @@ class Penalties:
 
     fixed: FixedPenalty | None = None
     covariance: CovariancePenalty | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in (("fe_pen", self.fixed), ("cov_pen", self.covariance)):
+            if given is not None and not (hasattr(given, "func") and hasattr(given, "deriv")):
+                raise DataError(
+                    f"{name} must be a penalty with methods func and deriv, not "
+                    f"{type(given).__name__}"
+                )
 
     def __bool__(self) -> bool:
         return self.fixed is not None or self.covariance is not None
