@@ -65,9 +65,9 @@ class Holder:
     "name", ["shell", "run_code", "imported", "held", "method", "partly", "made", "nothing"]
 )
 def test_only_plain_functions_are_found(name):
-    shell, run_code, imported, nothing = os.system, eval, __import__, None  # noqa: F841
-    held, made, partly = Holder(), Holder, functools.partial(doubled)  # noqa: F841
-    method = held.method  # noqa: F841
+    shell, run_code, imported, nothing = os.system, eval, __import__, None
+    held, made, partly = Holder(), Holder, functools.partial(doubled)
+    method = held.method
     assert name in locals()
     with pytest.raises(FormulaError, match=rf"{name}\(\) is not in the vocabulary"):
         mixedlm(f"y ~ {name}(x)", table(), groups="g")
