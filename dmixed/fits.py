@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -206,8 +207,9 @@ class FitsOfModel(RowsOfModel):
         results whose standard errors are those of the model with the effects that are not zero
         """
         if not isinstance(method, str):
-            method.alpha = alpha
-            return self.fit(start_params, fe_pen=method, **fit_kwargs)
+            penalty = copy(method)
+            penalty.alpha = alpha
+            return self.fit(start_params, fe_pen=penalty, **fit_kwargs)
         if method.lower() not in ("l1", "elastic_net"):
             raise ValueError(f"method={method!r}: must be 'l1', 'elastic_net' or a penalty object")
         free = self.fit(start_params, **fit_kwargs)

@@ -739,3 +739,19 @@ def test_copies_share_nothing():
     found.vcomp[:] = 0
     assert result.params_object.cov_re.any()
     assert np.array_equal(result.params, before)
+
+
+def test_a_penalty_object_is_not_changed():
+    class Ridge:
+        alpha = 0.0
+
+        def func(self, params):
+            return self.alpha * float(np.sum(np.square(params)))
+
+        def deriv(self, params):
+            return 2.0 * self.alpha * np.asarray(params)
+
+    penalty = Ridge()
+    result = model(1, False).fit_regularized(method=penalty, alpha=3.0)
+    assert penalty.alpha == 0.0
+    assert result.fe_pen.alpha == 3.0
