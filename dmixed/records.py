@@ -185,7 +185,7 @@ def _made(kind: Any, found: _Found) -> Any:
         if len(kinds) != len(items):
             raise found.refused(f"a list of {len(kinds)}")
         return tuple(_made(x, _Found(y, found.where)) for x, y in zip(kinds, items, strict=True))
-    if kind is np.ndarray or origin is np.ndarray:
+    if kind is np.ndarray or origin in (np.ndarray, NDArray):  # an alias of its own since numpy 2.5
         return _array(found.of(list, "a list"), found)
     if kind is float and (type(value) in (int, NoneType) or value in ("inf", "-inf")):
         return float(_array(value, found))
