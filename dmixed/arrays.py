@@ -302,28 +302,42 @@ def _refuse_twins(names: Sequence[str], complaint: str) -> None:
         raise DataError(f"{complaint} {twin!r}: rename one")
 
 
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """Entries of a component that are not zero: row of the data, group, column, value."""
+
+    rows: Any
+    groups: Any
+    columns: Any
+    values: Any
+
+    @classmethod
+    def of(cls, blocks: Sequence[_Block]) -> _Entries:
+        found = []
+        for g, block in enumerate(blocks):
+            matrix = block.matrix
+            if isinstance(matrix, np.ndarray):
+                at: Any = np.nonzero(matrix)
+                i, j, values = *at, matrix[at]
+            else:
+                i, j, values = sparse.find(matrix)
+            found.append((block.rows[i], np.full(len(i), g), j, values))
+        return cls(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
 def _component(name: str, blocks: Sequence[_Block], columns: dict[str, Any], n: int) -> str:
     """Formula of a component: levels with a weight where no row has two columns, else numbers."""
-    coordinates = [sparse.coo_array(block.matrix) for block in blocks]
-    per_row = np.zeros(n, np.intp)
-    for block, at in zip(blocks, coordinates, strict=True):
-        used = at.data != 0
-        per_row[block.rows] = np.bincount(at.coords[0][used], minlength=len(block.rows))
-    if per_row.max(initial=0) <= 1 and any(len(b.names) > 1 for b in blocks):
-        return _levels(name, blocks, coordinates, columns, n)
-    width = max(len(block.names) for block in blocks)
-    if not width:
-        raise DataError(f"exog_vc: component {name!r} has no columns: leave it out")
+    entries = _Entries.of(blocks)
+    if np.bincount(entries.rows).max(initial=0) <= 1 and any(len(b.names) > 1 for b in blocks):
+        return _levels(name, blocks, entries, columns, n)
     widest = max(blocks, key=lambda block: len(block.names))
+    if not widest.names:
+        raise DataError(f"exog_vc: component {name!r} has no columns: leave it out")
     names = []
-    for j in range(width):
-        column = np.zeros(n)
-        for block in blocks:
-            if j < len(block.names):
-                part: Any = block.matrix[:, [j]]
-                dense = part if isinstance(part, np.ndarray) else part.toarray()
-                column[block.rows] = dense[:, 0]
-        key = VC_COLUMN + widest.names[j].replace("`", "'")
+    for j, shown in enumerate(widest.names):
+        column, own = np.zeros(n), entries.columns == j
+        column[entries.rows[own]] = entries.values[own]
+        key = VC_COLUMN + shown.replace("`", "'")
         while key in columns:
             key += "_"
         columns[key] = column
@@ -332,15 +346,18 @@ def _component(name: str, blocks: Sequence[_Block], columns: dict[str, Any], n: 
 
 
 def _levels(
-    name: str, blocks: Sequence[_Block], coordinates: Sequence[Any], columns: dict[str, Any], n: int
+    name: str, blocks: Sequence[_Block], entries: _Entries, columns: dict[str, Any], n: int
 ) -> str:
     level, weight = np.empty(n, dtype=object), np.zeros(n)
-    for block, at in zip(blocks, coordinates, strict=True):
-        own = np.full(len(block.rows), block.names[0] if block.names else "", dtype=object)
-        used = at.data != 0
-        own[at.coords[0][used]] = np.array(block.names, dtype=object)[at.coords[1][used]]
-        level[block.rows] = own
-        weight[block.rows[at.coords[0][used]]] = at.data[used]
+    names = np.array([x for block in blocks for x in block.names] + [""], dtype=object)
+    widths = np.array([len(block.names) for block in blocks])
+    first = np.cumsum(widths) - widths
+    whose = np.repeat(np.arange(len(blocks)), [len(block.rows) for block in blocks])
+    # A row without an entry has weight zero: which of its group's levels it has is all the same
+    default = np.where(widths > 0, first, len(names) - 1)
+    level[np.concatenate([block.rows for block in blocks])] = names[default[whose]]
+    level[entries.rows] = names[first[entries.groups] + entries.columns]
+    weight[entries.rows] = entries.values
     key = f"{VC_LEVEL}{name}"
     columns[key] = level
     if (weight == 1.0).all():
