@@ -318,7 +318,7 @@ class _Entries:
             matrix = block.matrix
             if isinstance(matrix, np.ndarray):
                 at: Any = np.nonzero(matrix)
-                i, j, values = *at, matrix[at]
+                i, j, values = at[0], at[1], matrix[at]
             else:
                 i, j, values = sparse.find(matrix)
             found.append((block.rows[i], np.full(len(i), g), j, values))
