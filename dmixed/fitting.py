@@ -159,8 +159,10 @@ def natural_root(problem: Problem, Psi: Floats) -> Floats:
 
 
 @one_blas_thread
-def criterion_at(prepared: Prepared, Psi: Floats, reml: bool) -> Criterion:
+def criterion_at(prepared: Prepared, Psi: Floats, reml: bool, order: int = 2) -> Criterion:
     """The criterion, natural coordinates, at a relative covariance Psi (q, q) in user units.
+
+    With order 0 it has no derivatives.
 
     Raises
     ------
@@ -168,7 +170,7 @@ def criterion_at(prepared: Prepared, Psi: Floats, reml: bool) -> Criterion:
         Psi is not positive semi-definite, or the response has no residual variance there
     """
     problem = prepared.problem
-    terms = Evaluator(problem.factors)(natural_root(problem, Psi))
+    terms = Evaluator(problem.factors)(natural_root(problem, Psi), order)
     try:
         return criterion(problem.factors, terms, reml)
     except np.linalg.LinAlgError:

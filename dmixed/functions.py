@@ -114,10 +114,12 @@ class LikelihoodFunctions:
         Psi[self.k_re :, self.k_re :] = np.diag(params.vcomp)
         return Psi
 
-    def _at(self, params: MixedLMParams, reml: bool | None) -> tuple[Criterion, bool]:
+    def _at(
+        self, params: MixedLMParams, reml: bool | None, order: int = 2
+    ) -> tuple[Criterion, bool]:
         if reml is None:
             reml = True if params.reml is None else params.reml
-        return criterion_at(self._prepared, self._Psi(params), reml), reml
+        return criterion_at(self._prepared, self._Psi(params), reml, order), reml
 
     def _derivatives(
         self, params: MixedLMParams, profile_fe: bool, reml: bool | None
@@ -148,7 +150,7 @@ class LikelihoodFunctions:
             ``params`` are of another size, or ``cov_re`` is no covariance matrix
         """
         own = self._unpacked(params, not profile_fe)
-        at, by_reml = self._at(own, reml)
+        at, by_reml = self._at(own, reml, order=0)
         if profile_fe:
             return -0.5 * at.value
         return -0.5 * joint(self._prepared.problem, at, own.fe_params, by_reml).value
@@ -239,7 +241,7 @@ class LikelihoodFunctions:
         fe_params, and whether an eigenvalue of ``cov_re`` is below ``tol``
         """
         own = self._of_components(cov_re, vcomp)
-        at, _ = self._at(own, True)
+        at, _ = self._at(own, True, order=0)
         problem = self._prepared.problem
         working = fixed_estimates(problem.factors, at, True).beta
         beta = np.linalg.solve(problem.fixed.to_work, working + problem.response.beta)
@@ -253,7 +255,7 @@ class LikelihoodFunctions:
         beta = np.asarray(fe_params, dtype=np.float64)
         if beta.shape != (self.k_fe,):
             raise DataError(f"fe_params has shape {beta.shape}, the model has {self.k_fe}")
-        at, _ = self._at(own, reml)
+        at, _ = self._at(own, reml, order=0)
         problem = self._prepared.problem
         v = np.append(problem.response.beta - problem.fixed.to_work @ beta, problem.response.scale)
         return float(v @ at.FtHiF @ v) / degrees_of_freedom(problem.factors, reml)
