@@ -48,6 +48,8 @@ def array_model(endog: Any, exog: Any, groups: Any, exog_re: Any, exog_vc: Any) 
         raise DataError(f"endog has shape {y.shape}: it must be one-dimensional")
     index = endog.index if isinstance(endog, pd.Series | pd.DataFrame) else None
     n = len(y)
+    if n == 0:
+        raise DataError("the data have no rows: endog is empty")
     columns: dict[str, Any] = {name: y}
     fixed = _add_columns(columns, aligned(exog, index, "exog"), "exog", "x", n)
     random = _add_columns(columns, aligned(exog_re, index, "exog_re"), "exog_re", "x_re", n)

@@ -15,11 +15,11 @@ from scipy.stats import norm
 
 from dmixed.design import BarDesign
 from dmixed.effects import Effects
-from dmixed.errors import NotSupportedError
+from dmixed.errors import DataError, NotSupportedError
 from dmixed.fitting import Estimates
 from dmixed.naming import Names
 from dmixed.optimizer import OptimizeSummary
-from dmixed.params import MixedLMParams
+from dmixed.params import MixedLMParams, numbers
 from dmixed.preparation import Prepared
 from dmixed.summary import quantile
 
@@ -286,7 +286,12 @@ class Estimated:
         """
         cov = self._cov_ratio
         if r_matrix is not None:
-            R = np.asarray(r_matrix, dtype=np.float64)
+            R = numbers(r_matrix, "r_matrix")
+            if R.ndim not in (1, 2) or R.shape[-1] != len(cov):
+                raise DataError(
+                    f"r_matrix has shape {R.shape}: it needs {len(cov)} columns, one for each of "
+                    f"{', '.join(self._all_names)}"
+                )
             return R @ cov @ R.T
         return self._matrix(cov, self._all_names)
 

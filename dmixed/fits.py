@@ -87,6 +87,8 @@ class FitsOfModel(RowsOfModel):
             raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
         if niter_sa:
             warnings.warn("niter_sa is not used by MixedLM.fit", UserWarning, stacklevel=2)
+        if free is not None and not isinstance(free, MixedLMParams):
+            raise DataError(f"free must be MixedLMParams of 0 and 1, not {type(free).__name__}")
         settings = settings_of(fit_kwargs, stacklevel=3)
         start = None if start_params is None else self._start(start_params)
         found = None

@@ -15,7 +15,7 @@ from dmixed.fitting import criterion_at
 from dmixed.inference.joint import Derivatives, along_root, joint, profiled
 from dmixed.likelihood import Criterion, degrees_of_freedom, fixed_estimates
 from dmixed.naming import Names
-from dmixed.params import MixedLMParams, lower_root
+from dmixed.params import MixedLMParams, lower_root, numbers
 from dmixed.prediction import fixed_part
 from dmixed.preparation import Prepared
 
@@ -85,7 +85,7 @@ class LikelihoodFunctions:
         """Parameters of a call, checked."""
         self._one_bar()
         if not isinstance(params, MixedLMParams):
-            values = np.asarray(params, dtype=np.float64)
+            values = numbers(params, "params")
             short = self.k_re2 + self.k_vc
             sizes = (self.k_fe + short,) if needs_fe else (short, self.k_fe + short)
             if values.ndim != 1 or len(values) not in sizes:
@@ -106,6 +106,8 @@ class LikelihoodFunctions:
             raise DataError(
                 f"params have {len(params.fe_params)} fixed effects, the model has {self.k_fe}"
             )
+        if needs_fe and not np.isfinite(params.fe_params).all():
+            raise DataError(f"fe_params must be finite, not {params.fe_params}")
         return params
 
     def _Psi(self, params: MixedLMParams) -> Floats:
@@ -226,9 +228,9 @@ class LikelihoodFunctions:
         return bool(len(cov_re) and np.linalg.eigvalsh(cov_re)[0] < tol)
 
     def _of_components(self, cov_re: Any, vcomp: Any) -> MixedLMParams:
-        cov = np.zeros((0, 0)) if cov_re is None else np.atleast_2d(np.asarray(cov_re, float))
+        cov = np.zeros((0, 0)) if cov_re is None else np.atleast_2d(numbers(cov_re, "cov_re"))
         given = None if cov.size == 0 else cov
-        vc = np.zeros(0) if vcomp is None else np.atleast_1d(np.asarray(vcomp, float))
+        vc = np.zeros(0) if vcomp is None else np.atleast_1d(numbers(vcomp, "vcomp"))
         return self._unpacked(MixedLMParams.from_components(None, given, vcomp=vc), False)
 
     def get_fe_params(
@@ -252,7 +254,7 @@ class LikelihoodFunctions:
     ) -> float:
         """Error variance that maximises the likelihood at these parameters, relative scale."""
         own = self._of_components(cov_re, vcomp)
-        beta = np.asarray(fe_params, dtype=np.float64)
+        beta = numbers(fe_params, "fe_params")
         if beta.shape != (self.k_fe,):
             raise DataError(f"fe_params has shape {beta.shape}, the model has {self.k_fe}")
         at, _ = self._at(own, reml, order=0)
@@ -270,7 +272,7 @@ class LikelihoodFunctions:
         exog
             (m, k_fe) design matrix; None for the rows of the model
         """
-        beta = params.fe_params if isinstance(params, MixedLMParams) else np.asarray(params)
+        beta = params.fe_params if isinstance(params, MixedLMParams) else numbers(params, "params")
         if beta.ndim != 1 or len(beta) < self.k_fe:
             raise DataError(
                 f"params has shape {beta.shape}, the model has {self.k_fe} fixed effects"

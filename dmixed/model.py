@@ -155,7 +155,10 @@ class MixedLM(FitsOfModel):
                 raise DataError(
                     "subset= needs a pandas DataFrame: filter other data before the fit"
                 )
-            data = data.loc[subset]
+            try:
+                data = data.loc[subset]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise DataError(f"subset= does not select rows of the data: {error}") from None
         if isinstance(vc_formula, Mapping) and all(isinstance(name, str) for name in vc_formula):
             vc_formula = dict(sorted(vc_formula.items()))  # as statsmodels orders them
         parsed = parse_parts(formula, key, re_formula, own, vc_formula)

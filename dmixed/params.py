@@ -96,7 +96,7 @@ class MixedLMParams:
         DataError
             the vector is too short
         """
-        values = np.asarray(params, dtype=np.float64)
+        values = numbers(params, "params")
         if values.ndim != 1:
             raise DataError(f"packed parameters are a vector, not of shape {values.shape}")
         first = k_fe if has_fe else 0
@@ -129,12 +129,12 @@ class MixedLMParams:
         cov_re_sqrt
             a lower-triangular factor, instead of ``cov_re``
         """
-        fe = np.zeros(0) if fe_params is None else np.array(fe_params, dtype=np.float64)
+        fe = np.zeros(0) if fe_params is None else numbers(fe_params, "fe_params").copy()
         if cov_re is None and cov_re_sqrt is not None:
-            half = np.asarray(cov_re_sqrt, dtype=np.float64)
+            half = numbers(cov_re_sqrt, "cov_re_sqrt")
             cov_re = half @ half.T
-        cov = np.zeros((0, 0)) if cov_re is None else np.array(cov_re, dtype=np.float64)
-        vc = np.zeros(0) if vcomp is None else np.array(vcomp, dtype=np.float64)
+        cov = np.zeros((0, 0)) if cov_re is None else numbers(cov_re, "cov_re").copy()
+        vc = np.zeros(0) if vcomp is None else numbers(vcomp, "vcomp").copy()
         if fe.ndim != 1 or vc.ndim != 1 or cov.ndim != 2 or cov.shape[0] != cov.shape[1]:
             raise DataError(
                 f"fe_params {fe.shape} and vcomp {vc.shape} must be vectors, cov_re {cov.shape} "
@@ -188,6 +188,20 @@ class MixedLMParams:
             f"MixedLMParams(fe_params={self.fe_params!r}, cov_re={self.cov_re!r}, "
             f"vcomp={self.vcomp!r})"
         )
+
+
+def numbers(given: Any, argument: str) -> Floats:
+    """What was given as an array of numbers.
+
+    Raises
+    ------
+    DataError
+        it is not one, naming the argument
+    """
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"{argument} must hold numbers, not {given!r:.60}") from None
 
 
 def lower_root(cov: NDArray[np.float64]) -> Floats:

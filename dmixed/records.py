@@ -66,10 +66,11 @@ def new_directory(path: Path, last: str) -> Iterator[Path]:
     check_free(path, str(path))
     path = path.resolve()
     exists = path.exists()
-    if not exists:
-        path.parent.mkdir(parents=True, exist_ok=True)
     staging = (path if exists else path.parent) / f".{uuid4().hex}.dmixed"
-    staging.mkdir()
+    try:
+        staging.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"{path}: lies inside something that is not a directory") from None
     try:
         yield staging
         if exists:

@@ -13,6 +13,7 @@ from dmixed.errors import DataError
 from dmixed.fitting import Estimates, criterion_at
 from dmixed.inference.joint import joint, natural_of_user
 from dmixed.likelihood import degrees_of_freedom
+from dmixed.params import numbers
 from dmixed.preparation import Prepared
 
 
@@ -44,7 +45,7 @@ def fit_elastic_net(
     problem = prepared.problem
     p = problem.factors.p
     weights = np.broadcast_to(
-        np.asarray(alpha, dtype=np.float64), (p,) if np.ndim(alpha) == 0 else np.shape(alpha)
+        numbers(alpha, "alpha"), (p,) if np.ndim(alpha) == 0 else np.shape(alpha)
     )
     if weights.shape != (p,) or not (weights >= 0).all():
         raise DataError(f"alpha must be one weight, or {p}, none negative; not {alpha}")

@@ -230,7 +230,7 @@ class RowsOfModel(LikelihoodFunctions):
                 f"exog has shape {design.shape}: the groups are known for the model's own "
                 f"{self.nobs} rows with {self.k_fe} columns only"
             )
-        if not scale > 0:
+        if not (isinstance(scale, int | float | np.number) and 0 < scale < np.inf):
             raise DataError(f"scale={scale!r}: an error variance is positive")
         return Distribution(self, own, float(scale), design)
 

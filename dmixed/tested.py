@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmixed import contrasts, prediction
+from dmixed.errors import DataError
 from dmixed.estimated import Estimated
 from dmixed.profiling import profile_fixed, profile_variance
 
@@ -168,6 +169,12 @@ class Tested(Estimated):
             an unknown vtype or parameter, or a variance below zero
         """
         del fit_kwargs
+        if not (0 <= dist_low < np.inf and 0 <= dist_high < np.inf):
+            raise DataError(
+                f"dist_low={dist_low}, dist_high={dist_high}: distances are not negative"
+            )
+        if num_low < 0 or num_high < 0:
+            raise DataError(f"num_low={num_low}, num_high={num_high}: numbers of points, 0 or more")
         if vtype == "fe":
             value, profile = self._fixed_profile(re_ix)
         elif vtype in ("re", "vc"):
