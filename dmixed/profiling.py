@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
@@ -19,8 +19,18 @@ from dmixed.likelihood import degrees_of_freedom
 from dmixed.params import lower_root
 from dmixed.preparation import Prepared
 
+STEEP = 1e-2
+"""Slope of the criterion, deviance units per standard deviation, that is no maximum."""
 
-def profile_fixed(prepared: Prepared, found: Estimates, j: int, value: float) -> float:
+
+class ProfilePoint(NamedTuple):
+    """Log-likelihood maximised over the rest, and whether the maximum was reached."""
+
+    llf: float
+    reached: bool
+
+
+def profile_fixed(prepared: Prepared, found: Estimates, j: int, value: float) -> ProfilePoint:
     """Log-likelihood maximised with fixed effect j held at a value.
 
     Under REML the likelihood is that of the model with all its fixed effects, so that values
@@ -30,10 +40,11 @@ def profile_fixed(prepared: Prepared, found: Estimates, j: int, value: float) ->
     beta = found.beta.copy()
     beta[j] = value
     held = replace(held, beta=beta, free_beta=held.free_beta & (np.arange(len(beta)) != j))
-    return -0.5 * fit_constrained(prepared, found.reml, Search(), held).value
+    fit = fit_constrained(prepared, found.reml, Search(), held)
+    return ProfilePoint(-0.5 * fit.value, fit.summary.converged)
 
 
-def profile_variance(prepared: Prepared, found: Estimates, at: int, value: float) -> float:
+def profile_variance(prepared: Prepared, found: Estimates, at: int, value: float) -> ProfilePoint:
     """Log-likelihood maximised with the variance of random column ``at`` held at a value.
 
     The variance Phi_aa = Psi_aa sigma2 is held in user units. With Phi = Lambda Lambda', the
@@ -42,13 +53,13 @@ def profile_variance(prepared: Prepared, found: Estimates, at: int, value: float
 
         f = logdet(Phi / sigma2) + [REML] log|XtHiX| + df (log 2 pi + t) + rss / sigma2
     """
-    problem = _Held(prepared, found, at, value)
+    problem = _Profile(prepared, found, at, value)
     with one_blas_thread:
         end = minimize(
             problem.value, problem.start(), jac=True, method="BFGS", options={"gtol": 1e-6}
         )
         end = minimize(problem.value, end.x, jac=True, method="BFGS", options={"gtol": 1e-8})
-    return -0.5 * float(end.fun)
+    return ProfilePoint(-0.5 * float(end.fun), float(np.abs(end.jac).max()) <= STEEP)
 
 
 def _held(prepared: Prepared, found: Estimates) -> Held:
@@ -70,7 +81,7 @@ def _held(prepared: Prepared, found: Estimates) -> Held:
     )
 
 
-class _Held:
+class _Profile:
     """The criterion in the free entries of Lambda (relative to the estimate's size) and t."""
 
     def __init__(self, prepared: Prepared, found: Estimates, at: int, value: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmixed import contrasts, prediction
-from dmixed.errors import DataError
+from dmixed.errors import ConvergenceWarning, DataError
 from dmixed.estimated import Estimated
 from dmixed.profiling import profile_fixed, profile_variance
 
@@ -167,6 +168,11 @@ class Tested(Estimated):
         ------
         ValueError
             an unknown vtype or parameter, or a variance below zero
+
+        Warns
+        -----
+        ConvergenceWarning
+            at some values the maximum over the rest was not reached
         """
         del fit_kwargs
         if not (0 <= dist_low < np.inf and 0 <= dist_high < np.inf):
@@ -188,7 +194,17 @@ class Tested(Estimated):
             raise ValueError(f"vtype={vtype!r}: must be 're', 'vc' or 'fe'")
         left = np.linspace(value - dist_low, value, num_low + 1)
         right = np.linspace(value, value + dist_high, num_high + 1)[1:]
-        return np.array([[v, profile(v)] for v in np.concatenate([left, right])])
+        grid = np.concatenate([left, right])
+        points = [profile(v) for v in grid]
+        short = [f"{v:.6g}" for v, point in zip(grid, points, strict=True) if not point.reached]
+        if short:
+            warnings.warn(
+                f"the profile of {re_ix!r} is too low at {', '.join(short)}: the other parameters' "
+                "optimum was not reached there; take a grid closer to the estimate",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return np.array([[v, point.llf] for v, point in zip(grid, points, strict=True)])
 
     def _fixed_profile(self, name: Any) -> tuple[float, Any]:
         names = self._fixed_names

@@ -755,3 +755,10 @@ def test_a_penalty_object_is_not_changed():
     result = model(1, False).fit_regularized(method=penalty, alpha=3.0)
     assert penalty.alpha == 0.0
     assert result.fe_pen.alpha == 3.0
+
+
+def test_a_profile_says_where_it_fell_short(monkeypatch):
+    result = model(2, False).fit()
+    monkeypatch.setattr("dmixed.profiling.STEEP", -1.0)
+    with pytest.warns(dmixed.ConvergenceWarning, match="profile of 0 is too low at"):
+        result.profile_re(0, "re", num_low=1, dist_low=0.01, num_high=0)
