@@ -92,7 +92,7 @@ class DesignBlock:
     cells
         int32 arrays (n,): the code of the cell each row falls in, one array per set of factors
     group, n_groups
-        int32 (n,): codes 0..n_groups-1 of the batch's own groups
+        int32 (n,): which of ``n_groups`` groups each row belongs to; some may have no row here
     weights
         (n,) positive, or None
     """

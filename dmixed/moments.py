@@ -8,7 +8,7 @@ For the carried columns F (n, k) of some rows and the random ones among them, W 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import comb
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from scipy.sparse import _sparsetools
 from dmixed.blocks import CONSTANT, Column, DesignBlock, Floats, Frame
 
 Index: TypeAlias = NDArray[np.intp]
+Rows: TypeAlias = slice | NDArray[np.intp]
 
 _csc_matvecs: Any = _sparsetools.csc_matvecs  # Y += A X for sparse A; scipy has no public name
 
@@ -27,6 +28,15 @@ FAR = 100.0
 
 CHUNK = 16_384
 """Rows turned into carried columns at a time: the block stays in the processor's cache."""
+
+PIECE = 2**18
+"""Bytes of sums that rows are added to at a time, where all groups' sums exceed the cache."""
+
+PIECES = 256, 4096
+"""Pieces that rows are sorted into at most: by one byte, or by two where there are many groups."""
+
+RUN = 64
+"""Rows that stay in one piece, on average, where sorting would gain nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +101,10 @@ class GroupMoments:
         """Memory held by the arrays, in bytes."""
         return int(self.WtF.nbytes + self.counts.nbytes + 2 * self.FtF.nbytes)
 
+    def take(self, groups: Index) -> GroupMoments:
+        """Some of the groups, in this order; the sums over all rows stay as they are."""
+        return replace(self, WtF=self.WtF[groups], counts=self.counts[groups])
+
     def __add__(self, other: GroupMoments) -> GroupMoments:
         """Moments of both sets of rows, for the same groups in the same order."""
         if not isinstance(other, GroupMoments):
@@ -118,17 +132,17 @@ class _Workspace:
         k, q, v = len(block.columns), len(block.random), len(block.values)
         self.F, self.shifted = np.empty((size, k)), np.empty((v, size))
         self.product, self.inside = np.empty(size), np.empty(size, dtype=np.bool_)
+        self.codes, self.group = np.empty(size, dtype=np.int32), np.empty(size, dtype=np.int32)
         self.W, self.where = np.empty((size, q)), np.empty((size, q), dtype=np.int32)
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
 
-    def columns(self, block: DesignBlock, rows: slice) -> Floats:
+    def columns(self, block: DesignBlock, rows: Rows) -> Floats:
         """Carried columns F (m, k) of some rows, unweighted; valid until the next call."""
-        start, stop, _ = rows.indices(block.nobs)
-        m = stop - start
+        m = len(range(*rows.indices(block.nobs))) if isinstance(rows, slice) else len(rows)
         F, product, inside = self.F[:m], self.product[:m], self.inside[:m]
         frame = zip(block.values, block.frame.shift, block.frame.scale, self.shifted, strict=True)
         for x, shift, scale, u in frame:
-            np.subtract(x[rows], shift, out=u[:m])
+            np.subtract(_some(x, rows, u[:m]), shift, out=u[:m])
             u[:m] *= 1.0 / scale
         for j, recipe in enumerate(block.recipes):
             factors = [self.shifted[v, :m] for v, power in recipe.powers for _ in range(power)]
@@ -136,7 +150,8 @@ class _Workspace:
             for factor in factors[1:]:
                 column = np.multiply(column, factor, out=product)
             if recipe.cells >= 0:
-                np.equal(block.cells[recipe.cells][rows], recipe.code, out=inside)
+                cells = _some(block.cells[recipe.cells], rows, self.codes[:m])
+                np.equal(cells, recipe.code, out=inside)
                 np.multiply(inside, column, out=F[:, j])
             else:
                 F[:, j] = column
@@ -154,27 +169,31 @@ class Accumulator:
         self.like, self.workspace = block, _Workspace(block)
         self.WtF, self.counts = np.zeros((0, q, k)), np.zeros(0, dtype=np.int64)
         self.FtF, self.plain, self.log_weights = np.zeros((k, k)), np.zeros((k, k)), 0.0
+        self.n_groups = 0
 
     def fits(self, block: DesignBlock) -> bool:
         """Whether a block has the same columns."""
         same = block.columns == self.like.columns and block.frame == self.like.frame
         return same and (block.weights is None) == (self.like.weights is None)
 
-    def add(self, block: DesignBlock, positions: Index, n_groups: int) -> None:
-        """Add the rows of a block, whose group g is group ``positions[g]`` of ``n_groups``."""
-        self._grow(n_groups)
-        group = positions.astype(np.int32)[block.group]
-        self.counts[:n_groups] += np.bincount(group, minlength=n_groups)
+    def add(self, block: DesignBlock) -> None:
+        """Add the rows of a block; its groups are those of the sums, and perhaps new ones."""
+        self._grow(block.n_groups)
+        self.n_groups = block.n_groups
         if block.weights is not None:
+            np.add.at(self.counts, block.group, 1)
             self.log_weights += float(np.log(block.weights).sum())
+        order = _order(block.group, block.n_groups, self.WtF[0].nbytes) if block.nobs else None
         for start in range(0, block.nobs, CHUNK):
-            rows = slice(start, min(start + CHUNK, block.nobs))
+            stop = min(start + CHUNK, block.nobs)
+            rows: Rows = slice(start, stop) if order is None else order[start:stop]
             F = self.workspace.columns(block, rows)
             if block.weights is not None:
                 self.plain += F.T @ F
                 F *= np.sqrt(block.weights[rows])[:, None]
             self.FtF += F.T @ F
-            self._scatter(F, group[rows], block.random)
+            group = _some(block.group, rows, self.workspace.group[: stop - start])
+            self._scatter(F, group, block.random)
 
     def _scatter(self, F: Floats, group: NDArray[np.int32], random: tuple[int, ...]) -> None:
         """Add W_i' F_i of each row (m, k) to its group, in place.
@@ -205,26 +224,60 @@ class Accumulator:
         WtF[:held], counts[:held] = self.WtF, self.counts
         self.WtF, self.counts = WtF, counts
 
-    def moments(self, n_groups: int) -> GroupMoments:
+    def moments(self) -> GroupMoments:
         """What was added; the accumulator is not to be used afterwards."""
-        self._grow(n_groups)
+        WtF, counts = self.WtF[: self.n_groups], self.counts[: self.n_groups]
+        if self.like.weights is None:  # the constant's sums are the counts, exactly
+            constant = self.like.random[0]
+            np.copyto(counts, WtF[:, 0, constant], casting="unsafe")
         return GroupMoments(
             columns=self.like.columns,
             random=self.like.random,
             frame=self.like.frame,
-            WtF=self.WtF[:n_groups],
+            WtF=WtF,
             FtF=self.FtF,
             plain=self.FtF if self.like.weights is None else self.plain,
-            counts=self.counts[:n_groups],
+            counts=counts,
             log_weights=self.log_weights,
         )
+
+
+def _some(values: Any, rows: Rows, out: Any) -> Any:
+    """Values of some rows: a view, or taken into ``out``."""
+    if isinstance(rows, slice):
+        return values[rows]
+    return values.take(rows, out=out, mode="clip")  # "raise" would make a copy of out
+
+
+def _order(group: NDArray[np.int32], n_groups: int, size: int) -> NDArray[np.intp] | None:
+    """Order of the rows in which neighbours are added to neighbouring groups; None as they come.
+
+    Adding rows of shuffled groups to sums that exceed the cache waits for memory at every row;
+    put in the order of pieces of the sums, which costs a byte-wise sort, they take a third of the
+    time. Rows that come group by group stay as they are.
+
+    Parameters
+    ----------
+    size
+        bytes of one group's sums
+    """
+    few, many = PIECES
+    groups = max(PIECE // size, 1)
+    pieces = few if n_groups <= few * 8 * groups else many
+    shift = max(groups.bit_length() - 1, (max(n_groups - 1, 1) // pieces).bit_length())
+    if n_groups >> shift == 0:
+        return None
+    piece = (group >> shift).astype(np.uint8 if pieces == few else np.uint16)
+    if np.count_nonzero(piece[1:] != piece[:-1]) * RUN < len(piece):
+        return None
+    return np.argsort(piece, kind="stable")
 
 
 def accumulate(block: DesignBlock) -> GroupMoments:
     """Moments of one batch."""
     sums = Accumulator(block)
-    sums.add(block, np.arange(block.n_groups), block.n_groups)
-    return sums.moments(block.n_groups)
+    sums.add(block)
+    return sums.moments()
 
 
 def combine(
