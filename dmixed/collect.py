@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dmixed import keys
 from dmixed.design import Batch, Design, DesignSpec, FactorLevels, block, learn, merge_levels
 from dmixed.errors import DataError
+from dmixed.hashing import label_hashes
 from dmixed.index import LabelIndex
 from dmixed.moments import Accumulator, GroupMoments, combine
 from dmixed.sources import Part, load
@@ -128,6 +129,35 @@ class _State:
         found = Moments(self.spec, self.levels, self.index.labels, self._sum(), self.dropped)
         used = found.group.counts > 0  # not so where every row of a cell was dropped
         return found if used.all() else found.take(np.flatnonzero(used))
+
+
+def split(moments: Moments, shards: int) -> list[Moments]:
+    """Shards by a stable hash of the labels (a power of two of them); the first has the totals."""
+    shard = (label_hashes(moments.labels) >> np.uint64(65 - shards.bit_length())).astype(np.uint16)
+    order = np.argsort(shard, kind="stable")
+    ends = np.cumsum(np.bincount(shard, minlength=shards))
+    whole = [moments.take(own) for own in np.split(order, ends[:-1])]
+    return [whole[0], *(_without_totals(part) for part in whole[1:])]
+
+
+def _without_totals(moments: Moments) -> Moments:
+    """The same cells, but zero in place of the sums over all rows."""
+    group = moments.group
+    nothing = np.zeros_like(group.FtF)
+    plain = nothing if group.plain is group.FtF else np.zeros_like(group.plain)
+    group = replace(group, FtF=nothing, plain=plain, log_weights=0.0)
+    return replace(moments, group=group, dropped={})
+
+
+def join(shards: Sequence[Moments]) -> Moments:
+    """Shards side by side again: their cells are disjoint."""
+    sizes = [len(shard.labels) for shard in shards]
+    ends = np.cumsum(sizes).tolist()
+    cells = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    labels = keys.concatenate([shard.labels for shard in shards])
+    group = combine([shard.group for shard in shards], cells, ends[-1])
+    levels = _merged_levels([shard.levels for shard in shards])
+    return Moments(shards[0].spec, levels, labels, group, _added([s.dropped for s in shards]))
 
 
 def _merged_levels(parts: Sequence[Mapping[str, FactorLevels]]) -> dict[str, FactorLevels]:

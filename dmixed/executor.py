@@ -9,41 +9,43 @@ terms in order.
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
-from operator import add
+from operator import add, getitem
 from threading import Lock
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import dask
+import pyarrow as pa
 from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from threadpoolctl import ThreadpoolController
 
 from dmixed.blocks import Floats
-from dmixed.collect import Moments, merge, parts_moments
+from dmixed.collect import Moments, join, merge, parts_moments, split
 from dmixed.design import DesignSpec
 from dmixed.errors import DmixedError
 from dmixed.factors import Factors
+from dmixed.formula.expressions import columns_of
 from dmixed.likelihood import profile_terms
 from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS
-from dmixed.sources import Part, Source
+from dmixed.planning import SAMPLE_ROWS, Layout, group_bytes, layout, sample_keys
+from dmixed.sources import Part, Source, load
 from dmixed.terms import ProfileTerms
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("pass", "fit"), how much is done, and of how much (None: unknown)."""
 
-TASKS, TASK_ROWS = 8, 64_000_000
-"""The pass has `TASKS` tasks for every `TASK_ROWS` rows."""
-
 SPLIT_EVERY = 4
 """States added by one task of the tree."""
+
+MANY_FRAMES = 32
+"""Dask partitions from which one is counted to estimate the rows of all."""
 
 RETRIES = 3
 """Times that a cluster repeats a task that failed for reasons of its own."""
@@ -116,19 +118,65 @@ def running(client: Any) -> Any:
 
 
 def collect(
-    spec: DesignSpec, source: Source, client: Any = None, progress: Progress | None = None
+    spec: DesignSpec,
+    source: Source,
+    pilot: pa.Table,
+    client: Any = None,
+    progress: Progress | None = None,
 ) -> Moments:
     """One pass over the rows of a source.
+
+    Parameters
+    ----------
+    pilot
+        some rows with the columns of the spec
 
     Raises
     ------
     DmixedError
-        from the parts, naming the file or partition
+        from the parts, naming the file or partition; or the cluster lost its workers
     """
     parts = source.parts(spec.columns)
+    plan = _layout(spec, source, parts, pilot, client)
     numbered = list(zip(parts, _starts(parts), strict=True))
-    tasks = [_moments_task(spec, numbered[run.start : run.stop]) for run in _runs(parts)]
-    return compute(_tree(tasks), client, progress, len(tasks))
+    tasks = [_moments_task(spec, numbered[run.start : run.stop]) for run in plan.runs]
+    total = len(tasks)
+    if plan.shards == 1:
+        return compute([_tree(tasks)], client, progress, total)[0]
+    states = [_tree(tasks[i : i + plan.bunch]) for i in range(0, total, plan.bunch)]
+    divided = [
+        delayed(split, pure=False)(state, plan.shards, dask_key_name=_key("dmixed-split"))
+        for state in states
+    ]
+    shards = [_tree([_piece(state, s) for state in divided]) for s in range(plan.shards)]
+    return join(compute(shards, client, progress, total))
+
+
+def _layout(
+    spec: DesignSpec, source: Source, parts: Sequence[Part], pilot: pa.Table, client: Any
+) -> Layout:
+    """How to divide the pass; from metadata, a sample of keys, and the pilot's columns."""
+    rows = sum(part.rows or 0 for part in parts)
+    sample = pilot
+    if source.kind != "dask":
+        names = dict.fromkeys(name for key in spec.keys for name in columns_of(key.node))
+        sample = source.head(tuple(names), SAMPLE_ROWS)
+    elif len(parts) >= MANY_FRAMES:
+        rows = len(parts) * each_part(_length, parts[:1], client)[0]
+    keys = sample_keys(spec, sample, max(rows, len(sample)))
+    return layout(spec, parts, rows, keys, group_bytes(spec, pilot))
+
+
+def _length(part: Part, value: Any) -> int:
+    return len(load(part, value))
+
+
+def _piece(state: Delayed, shard: int) -> Delayed:
+    return delayed(getitem, pure=False)(state, shard, dask_key_name=_key("dmixed-shard"))
+
+
+def _key(name: str) -> str:
+    return f"{name}-{uuid4().hex}"
 
 
 def _moments_task(spec: DesignSpec, parts: Sequence[tuple[Part, int]]) -> Delayed:
@@ -143,27 +191,12 @@ def _parts_moments(
     return parts_moments(spec, parts, value)
 
 
-def _runs(parts: Sequence[Part]) -> list[range]:
-    """Neighbouring parts that one task reads into one state: set by the data alone.
-
-    Eight tasks for every 64 million rows. Frames that Dask makes come one at a time: a task
-    would hold all those it waits for.
-    """
-    n = len(parts)
-    rows = sum(part.rows or 0 for part in parts)
-    tasks = min(n, TASKS * max(1, math.ceil(rows / TASK_ROWS)))
-    if any(isinstance(part.task, Delayed) for part in parts):
-        tasks = n
-    ends = [round(n * (i + 1) / tasks) for i in range(tasks)]
-    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
 def each_part(
     function: Callable[[Part, Any], T], parts: Sequence[Part], client: Any = None
 ) -> list[T]:
     """``function(part, value)`` of every part, in order; ``value`` is Dask's frame if any."""
     tasks = [_task(partial(_one, function), [(part, 0)], "dmixed-rows") for part in parts]
-    return list(compute(delayed(list)(tasks), client))
+    return list(compute(tasks, client))
 
 
 def _one(
@@ -183,7 +216,7 @@ def _starts(parts: Sequence[Part]) -> list[int]:
 
 def _task(function: Callable[..., T], parts: Sequence[tuple[Part, int]], name: str) -> Delayed:
     """Delayed ``function(parts)``, or ``function([part], frame)`` where Dask makes the frame."""
-    key = f"{name}-{uuid4().hex}"
+    key = _key(name)
     frame = parts[0][0].task
     if not isinstance(frame, Delayed):
         return delayed(partial(function, parts), pure=False)(dask_key_name=key)
@@ -196,7 +229,7 @@ def _tree(tasks: list[Delayed]) -> Delayed:
     add_up = delayed(_merge_all, pure=False)
     while len(tasks) > 1:
         tasks = [
-            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=f"dmixed-merge-{uuid4().hex}")
+            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=_key("dmixed-merge"))
             for i in range(0, len(tasks), SPLIT_EVERY)
         ]
     return tasks[0]
@@ -221,25 +254,36 @@ class _Counter(Callback):
 
 
 def compute(
-    task: Delayed, client: Any = None, progress: Progress | None = None, total: int = 0
-) -> Any:
-    """Result of a delayed task, on the client's cluster or in threads of this process."""
+    tasks: Sequence[Delayed], client: Any = None, progress: Progress | None = None, total: int = 0
+) -> list[Any]:
+    """Results of delayed tasks, on the client's cluster or in threads of this process."""
     if client is not None:
         if progress is not None:
             progress("pass", 0, None)
-        future = client.compute(task, retries=RETRIES)
+        futures = client.compute(list(tasks), retries=RETRIES)
         try:
-            result = future.result()
-        except BaseException:
-            future.cancel()
-            raise
+            results = client.gather(futures)
+        except BaseException as error:
+            client.cancel(futures)
+            raise _explained(error) from None
         if progress is not None:
             progress("pass", total, total)
-        return result
+        return list(results)
     watch = contextlib.nullcontext() if progress is None else _Counter(progress, total)
     scheduler = dask.config.get("scheduler", None) or "threads"
     with watch, one_blas_thread:
-        return task.compute(scheduler=scheduler)
+        return list(dask.compute(*tasks, scheduler=scheduler))
+
+
+def _explained(error: BaseException) -> BaseException:
+    """What a cluster says of lost workers, in words that help."""
+    if type(error).__name__ != "KilledWorker":
+        return error
+    return DmixedError(
+        "workers of the cluster died again and again while they ran the same task, most likely for "
+        "want of memory: give them more of it or fewer threads each, or write the data in smaller "
+        f"row groups or partitions ({error})"
+    )
 
 
 class Evaluator:

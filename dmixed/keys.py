@@ -132,6 +132,15 @@ def align(labels: Sequence[Labels]) -> tuple[Labels, list[Positions]]:
     return union, np.split(codes.astype(np.int64), ends[:-1])
 
 
+def concatenate(labels: Sequence[Labels]) -> Labels:
+    """Labels of several batches that have none in common, one after the other."""
+    columns = []
+    for j, name in enumerate(labels[0].names):
+        arrays = one_type([x.arrays[j] for x in labels], name)
+        columns.append(pa.concat_arrays(arrays))
+    return Labels(labels[0].names, tuple(columns))
+
+
 def lookup(labels: Labels, queries: Labels) -> Positions:
     """Position of each query in `labels`, -1 where there is no such label."""
     _, (_, positions) = align([labels, queries])

@@ -216,8 +216,8 @@ class MixedLM(FitsOfModel):
             if name is not None and name not in self.source.columns:
                 raise DataError(f"the data have no column {name!r}, which is to be the {role}")
             needed += [name] if name is not None else []
-        pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
-        return specify(formula, pilot, **options)
+        self._pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
+        return specify(formula, self._pilot, **options)
 
     @cached_property
     def moments(self) -> Moments:
@@ -226,12 +226,14 @@ class MixedLM(FitsOfModel):
         Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away)
         is there a second one, with shifts and scales that the first has taught.
         """
-        found = collect(self.spec, self.source, self.client, self.progress)
+        spec = self.spec
+        found = collect(spec, self.source, self._pilot, self.client, self.progress)
         frame = better_frame(found.group)
         if frame is None:
             return found
         logger.info("the first rows are not like the rest: reading again with better shifts")
-        return collect(replace(self.spec, frame=frame), self.source, self.client, self.progress)
+        spec = replace(spec, frame=frame)
+        return collect(spec, self.source, self._pilot, self.client, self.progress)
 
     @cached_property
     def _prepared(self) -> Prepared:

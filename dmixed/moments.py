@@ -294,7 +294,7 @@ def combine(
         to_k = np.array([place[column] for column in part.columns], dtype=np.intp)
         to_q = np.array([random_place[part.columns[j]] for j in part.random], dtype=np.intp)
         if np.array_equal(to_k, np.arange(k)) and np.array_equal(to_q, np.arange(q)):
-            WtF[position] += part.WtF
+            _add_at(WtF, position, part.WtF)
         else:
             WtF[np.ix_(position, to_q, to_k)] += part.WtF
         FtF[np.ix_(to_k, to_k)] += part.FtF
@@ -303,6 +303,18 @@ def combine(
         counts[position] += part.counts
     log_weights = float(sum(part.log_weights for part in parts))
     return GroupMoments(columns, random, first.frame, WtF, FtF, plain, counts, log_weights)
+
+
+def _add_at(sums: Floats, position: Index, values: Floats) -> None:
+    """``sums[position] += values`` along the first axis, in place, each position once."""
+    n, size = len(values), values[0].size if len(values) else 0
+    step = np.diff(position)
+    if n and position[0] + n - 1 == position[-1] and (step == 1).all():
+        sums[position[0] : position[-1] + 1] += values
+    elif n:  # faster than numpy's by three passes, and it releases the GIL
+        ones, indptr = np.ones(n), np.arange(n + 1, dtype=np.int32)
+        flat = np.ascontiguousarray(values).reshape(-1), sums.reshape(-1)
+        _csc_matvecs(len(sums), n, size, indptr, position.astype(np.int32), ones, *flat)
 
 
 def _union(parts: Sequence[GroupMoments]) -> tuple[Column, ...]:
