@@ -276,15 +276,17 @@ class _Terminal:
 
 
 def _picture(latest: _Latest) -> Any:
-    from rich.console import Group
     from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
-    first, second = (Text(line, no_wrap=True, overflow="ellipsis") for line in latest.lines())
-    if latest.bar is None:
-        return Group(first, second)
-    done, total = latest.bar
-    return Group(ProgressBar(total, done, width=40), first, second)
+    rows = Table.grid()
+    if latest.bar is not None:
+        done, total = latest.bar
+        rows.add_row(ProgressBar(total, done, width=40))
+    for line in latest.lines():
+        rows.add_row(Text(line, no_wrap=True, overflow="ellipsis"))
+    return rows
 
 
 class _Notebook:

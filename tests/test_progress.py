@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import dmixed
 from dmixed import cli, views
 from dmixed.progress import Event, Report, open_progress
+from dmixed.sources import base
 
 FORMULA = "y ~ x + (1 | g)"
 ROWS, PARTS = 600, 5
@@ -44,6 +45,13 @@ def files(frame: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> str:
     for i, rows in enumerate(np.array_split(np.arange(ROWS), PARTS)):
         frame.iloc[rows].to_parquet(folder / f"part-{i}.parquet")
     return str(folder)
+
+
+@pytest.fixture
+def parted(files: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The files, where each of them is a part."""
+    monkeypatch.setattr(base, "ROWS", ROWS // PARTS)
+    return files
 
 
 class Step:
@@ -74,20 +82,23 @@ def assert_complete(events: list[Event], result: dmixed.MixedLMResults, tasks: i
 # ------------------------------------------------------------------------ events
 
 
-def test_events_of_a_frame_and_of_files(frame: pd.DataFrame, files: str) -> None:
-    for data, tasks in ((frame, 1), (files, PARTS)):
-        events: list[Event] = []
-        result = dmixed.lmer(FORMULA, data, progress=events.append)
-        assert_complete(events, result, tasks)
+def test_events_of_a_frame(frame: pd.DataFrame) -> None:
+    events: list[Event] = []
+    assert_complete(events, dmixed.lmer(FORMULA, frame, progress=events.append), 1)
 
 
-def test_events_of_a_cluster(files: str) -> None:
+def test_events_of_files(parted: str) -> None:
+    events: list[Event] = []
+    assert_complete(events, dmixed.lmer(FORMULA, parted, progress=events.append), PARTS)
+
+
+def test_events_of_a_cluster(parted: str) -> None:
     events: list[Event] = []
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        result = dmixed.lmer(FORMULA, files, client=client, progress=events.append)
+        result = dmixed.lmer(FORMULA, parted, client=client, progress=events.append)
     assert_complete(events, result, PARTS)
 
 
@@ -162,7 +173,7 @@ def test_what_is_no_progress_is_refused(frame: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("mine"), np.linalg.LinAlgError("mine")])
 @pytest.mark.parametrize("stage", ["plan", "pass", "fit"])
-def test_an_exception_ends_the_fit(files: str, stage: str, error: Exception) -> None:
+def test_an_exception_ends_the_fit(parted: str, stage: str, error: Exception) -> None:
     seen: list[Event] = []
 
     def listen(event: Event) -> None:
@@ -171,7 +182,7 @@ def test_an_exception_ends_the_fit(files: str, stage: str, error: Exception) -> 
             raise error
 
     with pytest.raises(type(error)) as caught:
-        dmixed.lmer(FORMULA, files, progress=listen)
+        dmixed.lmer(FORMULA, parted, progress=listen)
     assert caught.value is error
     assert seen[-1].stage == stage  # it hears nothing more
 
