@@ -305,9 +305,11 @@ def passing(progress: bool | None, seconds: float) -> None:
 
 
 def test_a_terminal_is_drawn_ten_times_a_second_at_most(shown: Shown) -> None:
+    start = time.perf_counter()
     text = shown(lambda: passing(True, 0.55))
+    seconds = time.perf_counter() - start
     pictures = text.count("reading") + text.count("planning")
-    assert 2 <= pictures <= 9  # the first, one each 0.1 s, the last, and rich's own at both ends
+    assert 2 <= pictures <= 4 + seconds / views.TICK  # first, last, and rich's own at both ends
     assert "/1000000 tasks" in text
     assert "MB/s" in text
 
@@ -382,9 +384,10 @@ def test_plain_lines_are_few(
     passing(True, 0.05)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(views, "LINES_EVERY", 0.05)
+    start = time.perf_counter()
     passing(True, 0.22)
     lines = capsys.readouterr().err.splitlines()
-    assert 1 <= len(lines) <= 4
+    assert 1 <= len(lines) <= (time.perf_counter() - start) / 0.05
     assert "rows/s" in lines[0]
 
 
