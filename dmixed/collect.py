@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -73,7 +73,10 @@ class Moments:
 
 
 def parts_moments(
-    spec: DesignSpec, parts: Sequence[tuple[Part, int]], value: Any = None
+    spec: DesignSpec,
+    parts: Sequence[tuple[Part, int]],
+    value: Any = None,
+    told: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Moments of some parts of a source, read one after the other into one state.
 
@@ -83,10 +86,15 @@ def parts_moments(
         each with the number of its first row
     value
         the frame, if Dask made it (then there is one part)
+    told
+        called with the rows and bytes of each part when it has been added
     """
     state = _State(spec)
     for part, row0 in parts:
-        state.add(block(spec, load(part, value), row0, part.name, state.index))
+        table = load(part, value)
+        state.add(block(spec, table, row0, part.name, state.index))
+        if told is not None:
+            told(len(table), table.nbytes)
     return state.moments()
 
 

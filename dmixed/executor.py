@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from operator import add, getitem
@@ -20,7 +20,6 @@ from uuid import uuid4
 
 import dask
 import pyarrow as pa
-from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from threadpoolctl import ThreadpoolController
 
@@ -34,18 +33,22 @@ from dmixed.likelihood import profile_terms
 from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS
 from dmixed.planning import SAMPLE_ROWS, Layout, group_bytes, layout, sample_keys
+from dmixed.progress import Report
 from dmixed.sources import Part, Source, load
 from dmixed.terms import ProfileTerms
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int | None], None]
-"""Called with a stage ("pass", "fit"), how much is done, and of how much (None: unknown)."""
-
 SPLIT_EVERY = 4
 """States added by one task of the tree."""
 
 MANY_FRAMES = 32
 """Dask partitions from which one is counted to estimate the rows of all."""
+
+MOMENTS = "dmixed-moments"
+"""Name of the tasks of a pass in Dask's dashboard."""
+
+POLL = 0.5
+"""Seconds after which a pass looks whether it is to be stopped."""
 
 RETRIES = 3
 """Times that a cluster repeats a task that failed for reasons of its own."""
@@ -122,7 +125,7 @@ def collect(
     source: Source,
     pilot: pa.Table,
     client: Any = None,
-    progress: Progress | None = None,
+    report: Report | None = None,
 ) -> Moments:
     """One pass over the rows of a source.
 
@@ -139,17 +142,23 @@ def collect(
     parts = source.parts(spec.columns)
     plan = _layout(spec, source, parts, pilot, client)
     numbered = list(zip(parts, _starts(parts), strict=True))
-    tasks = [_moments_task(spec, numbered[run.start : run.stop]) for run in plan.runs]
-    total = len(tasks)
+    with _told(report, len(parts), client) as topic:
+        read = partial(_parts_moments, spec, topic)
+        tasks = [_task(read, numbered[run.start : run.stop], MOMENTS) for run in plan.runs]
+        found = compute(_shards(tasks, plan), client, report)
+    return found[0] if len(found) == 1 else join(found)
+
+
+def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
+    """The sum of all states, shard by shard."""
     if plan.shards == 1:
-        return compute([_tree(tasks)], client, progress, total)[0]
-    states = [_tree(tasks[i : i + plan.bunch]) for i in range(0, total, plan.bunch)]
+        return [_tree(tasks)]
+    states = [_tree(tasks[i : i + plan.bunch]) for i in range(0, len(tasks), plan.bunch)]
     divided = [
         delayed(split, pure=False)(state, plan.shards, dask_key_name=_key("dmixed-split"))
         for state in states
     ]
-    shards = [_tree([_piece(state, s) for state in divided]) for s in range(plan.shards)]
-    return join(compute(shards, client, progress, total))
+    return [_tree([_piece(state, s) for state in divided]) for s in range(plan.shards)]
 
 
 def _layout(
@@ -179,16 +188,50 @@ def _key(name: str) -> str:
     return f"{name}-{uuid4().hex}"
 
 
-def _moments_task(spec: DesignSpec, parts: Sequence[tuple[Part, int]]) -> Delayed:
-    """Moments of some parts in one task."""
-    return _task(partial(_parts_moments, spec), parts, "dmixed-moments")
-
-
 @one_blas_thread
 def _parts_moments(
-    spec: DesignSpec, parts: Sequence[tuple[Part, int]], value: Any = None
+    spec: DesignSpec, topic: str | None, parts: Sequence[tuple[Part, int]], value: Any = None
 ) -> Moments:
-    return parts_moments(spec, parts, value)
+    return parts_moments(spec, parts, value, None if topic is None else partial(_tell, topic))
+
+
+_REPORTS: dict[str, Report] = {}
+"""Reports of passes that go on in this process, by topic."""
+
+
+def _tell(topic: str, rows: int, nbytes: int) -> None:
+    """Tell the report of a pass that a part has been read, from wherever this runs."""
+    report = _REPORTS.get(topic)
+    if report is not None:
+        report.task(rows, nbytes)
+        return
+    from distributed import get_worker
+
+    get_worker().log_event(topic, {"rows": rows, "bytes": nbytes})
+
+
+@contextlib.contextmanager
+def _told(report: Report | None, parts: int, client: Any) -> Iterator[str | None]:
+    """Topic on which the parts of a pass are told to a report; None if nobody listens."""
+    if report is None or not report.heard:
+        yield None
+        return
+    topic = _key("dmixed")
+    report.stage("pass", parts)
+
+    def event(message: tuple[float, dict[str, int]]) -> None:
+        if topic in _REPORTS:  # events may come late
+            report.task(message[1]["rows"], message[1]["bytes"])
+
+    _REPORTS[topic] = report
+    try:
+        if client is not None:
+            client.subscribe_topic(topic, event)
+        yield topic
+    finally:
+        del _REPORTS[topic]
+        if client is not None and client.status == "running":
+            client.unsubscribe_topic(topic)
 
 
 def each_part(
@@ -240,39 +283,37 @@ def _merge_all(*parts: Moments) -> Moments:
     return merge(parts)
 
 
-class _Counter(Callback):
-    """Tells how many parts of the pass are done, on Dask's local schedulers."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.progress, self.total, self.done = progress, total, 0
-
-    def _posttask(self, key: Any, *_: Any) -> None:
-        if str(key).startswith("dmixed-moments"):
-            self.done += 1
-            self.progress("pass", self.done, self.total)
-
-
 def compute(
-    tasks: Sequence[Delayed], client: Any = None, progress: Progress | None = None, total: int = 0
+    tasks: Sequence[Delayed], client: Any = None, report: Report | None = None
 ) -> list[Any]:
     """Results of delayed tasks, on the client's cluster or in threads of this process."""
-    if client is not None:
-        if progress is not None:
-            progress("pass", 0, None)
-        futures = client.compute(list(tasks), retries=RETRIES)
+    if client is None:
+        scheduler = dask.config.get("scheduler", None) or "threads"
+        with one_blas_thread:
+            return list(dask.compute(*tasks, scheduler=scheduler))
+    futures = client.compute(list(tasks), retries=RETRIES)
+    try:
+        _wait(client, futures, report)
+        return list(client.gather(futures))
+    except BaseException as error:
+        client.cancel(futures)
+        raise _explained(error) from None
+
+
+def _wait(client: Any, futures: list[Any], report: Report | None) -> None:
+    """Until all are done or one fails, or the listener of the report does."""
+    from distributed import wait
+
+    while True:
         try:
-            results = client.gather(futures)
-        except BaseException as error:
-            client.cancel(futures)
-            raise _explained(error) from None
-        if progress is not None:
-            progress("pass", total, total)
-        return list(results)
-    watch = contextlib.nullcontext() if progress is None else _Counter(progress, total)
-    scheduler = dask.config.get("scheduler", None) or "threads"
-    with watch, one_blas_thread:
-        return list(dask.compute(*tasks, scheduler=scheduler))
+            with client.as_current():
+                wait(futures, timeout=POLL)
+            return
+        except TimeoutError:
+            if report is not None:
+                report.check()
+            if any(future.status == "error" for future in futures):
+                return
 
 
 def _explained(error: BaseException) -> BaseException:
