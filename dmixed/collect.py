@@ -76,6 +76,7 @@ def parts_moments(
     spec: DesignSpec,
     parts: Sequence[tuple[Part, int]],
     value: Any = None,
+    expected: int = 0,
     told: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Moments of some parts of a source, read one after the other into one state.
@@ -86,10 +87,12 @@ def parts_moments(
         each with the number of its first row
     value
         the frame, if Dask made it (then there is one part)
+    expected
+        cells for which there is room from the start
     told
         called with the rows and bytes of each part when it has been added
     """
-    state = _State(spec)
+    state = _State(spec, expected)
     for part, row0 in parts:
         table = load(part, value)
         state.add(block(spec, table, row0, part.name, state.index))
@@ -104,8 +107,8 @@ class _State:
     Batches in which other levels of a factor occur have other columns, and sums of their own.
     """
 
-    def __init__(self, spec: DesignSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: DesignSpec, expected: int) -> None:
+        self.spec, self.expected = spec, expected
         self.index = LabelIndex(spec.group)
         self.sums: list[Accumulator] = []
         self.finished: list[GroupMoments] = []
@@ -119,7 +122,7 @@ class _State:
             if len(self.sums) == SUMS:
                 self.finished = [self._sum()]
                 self.sums = []
-            sums = Accumulator(batch.block)
+            sums = Accumulator(batch.block, self.expected)
             self.sums.append(sums)
         sums.add(batch.block)
         self.levels = _merged_levels([self.levels or batch.levels, batch.levels])

@@ -47,6 +47,12 @@ MANY_FRAMES = 32
 MOMENTS = "dmixed-moments"
 """Name of the tasks of a pass in Dask's dashboard."""
 
+PIECE = "split-stage"
+"""Name of the tasks that take a shard of a state: one that distributed knows to be short.
+
+Tasks of unknown length are moved to idle workers, and here the whole state with them.
+"""
+
 POLL = 0.5
 """Seconds after which a pass looks whether it is to be stopped."""
 
@@ -143,7 +149,7 @@ def collect(
     plan = _layout(spec, source, parts, pilot, client)
     numbered = list(zip(parts, _starts(parts), strict=True))
     with _told(report, len(parts), client) as topic:
-        read = partial(_parts_moments, spec, topic)
+        read = partial(_parts_moments, spec, plan.expected, topic)
         tasks = [_task(read, numbered[run.start : run.stop], MOMENTS) for run in plan.runs]
         found = compute(_shards(tasks, plan), client, report)
     return found[0] if len(found) == 1 else join(found)
@@ -181,7 +187,7 @@ def _length(part: Part, value: Any) -> int:
 
 
 def _piece(state: Delayed, shard: int) -> Delayed:
-    return delayed(getitem, pure=False)(state, shard, dask_key_name=_key("dmixed-shard"))
+    return delayed(getitem, pure=False)(state, shard, dask_key_name=_key(PIECE))
 
 
 def _key(name: str) -> str:
@@ -190,9 +196,14 @@ def _key(name: str) -> str:
 
 @one_blas_thread
 def _parts_moments(
-    spec: DesignSpec, topic: str | None, parts: Sequence[tuple[Part, int]], value: Any = None
+    spec: DesignSpec,
+    expected: int,
+    topic: str | None,
+    parts: Sequence[tuple[Part, int]],
+    value: Any = None,
 ) -> Moments:
-    return parts_moments(spec, parts, value, None if topic is None else partial(_tell, topic))
+    told = None if topic is None else partial(_tell, topic)
+    return parts_moments(spec, parts, value, expected, told)
 
 
 _REPORTS: dict[str, Report] = {}

@@ -111,7 +111,7 @@ class GroupMoments:
 def carried_columns(block: DesignBlock, rows: slice) -> Floats:
     """Carried columns F (m, k) of some rows of a block, unweighted."""
     m = len(range(*rows.indices(block.nobs)))
-    return _Workspace(block, m).columns(block, rows)
+    return _Workspace(block, m).columns(block, rows)[:, : len(block.columns)]
 
 
 class _Workspace:
@@ -123,14 +123,17 @@ class _Workspace:
 
     def __init__(self, block: DesignBlock, size: int = CHUNK) -> None:
         k, q, v = len(block.columns), len(block.random), len(block.values)
-        self.F, self.shifted = np.empty((size, k)), np.empty((v, size))
+        self.F, self.shifted = np.zeros((size, _width(q, k))), np.empty((v, size))
         self.product, self.inside = np.empty(size), np.empty(size, dtype=np.bool_)
         self.W, self.where = np.empty((size, q)), np.empty((size, q), dtype=np.int32)
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
         self.place = np.empty(size, dtype=np.int64)
 
     def columns(self, block: DesignBlock, rows: slice) -> Floats:
-        """Carried columns F (m, k) of some rows, unweighted; valid until the next call."""
+        """Carried columns F (m, width) of some rows, unweighted; valid until the next call.
+
+        Columns beyond k are zero, see `_width`.
+        """
         m = len(range(*rows.indices(block.nobs)))
         F, product, inside = self.F[:m], self.product[:m], self.inside[:m]
         frame = zip(block.values, block.frame.shift, block.frame.scale, self.shifted, strict=True)
@@ -154,16 +157,23 @@ class Accumulator:
     """Moments of many batches, added in place: the only code that ever touches rows.
 
     Batches must agree in columns and frame (`fits`); the group axis grows as groups appear.
+
+    Parameters
+    ----------
+    expected
+        groups for which there is room from the start, which need not be right
     """
 
-    def __init__(self, block: DesignBlock) -> None:
+    def __init__(self, block: DesignBlock, expected: int = 0) -> None:
         k, q = len(block.columns), len(block.random)
+        width = _width(q, k)
         self.columns, self.random, self.frame = block.columns, block.random, block.frame
         self.weighted = block.weights is not None
         self.workspace = _Workspace(block)
-        self.n_groups = 0
-        self.WtF, self.counts = np.zeros((0, q, k)), np.zeros(0, dtype=np.int64)
-        self.FtF, self.plain, self.log_weights = np.zeros((k, k)), np.zeros((k, k)), 0.0
+        self.n_groups, self.expected = 0, expected
+        self.WtF, self.counts = np.zeros((0, q, width)), np.zeros(0, dtype=np.int64)
+        self.FtF, self.plain = np.zeros((width, width)), np.zeros((width, width))
+        self.log_weights = 0.0
 
     def fits(self, block: DesignBlock) -> bool:
         """Whether a block has the same columns."""
@@ -232,7 +242,7 @@ class Accumulator:
         held = len(self.WtF)
         if n_groups <= held:
             return
-        size = n_groups if held == 0 else max(n_groups, held + held // 2)
+        size = max(n_groups, self.expected if held == 0 else held + held // 2)
         WtF = _aligned_zeros((size, *self.WtF.shape[1:]))
         counts = np.zeros(size, dtype=np.int64)
         WtF[:held], counts[:held] = self.WtF, self.counts
@@ -240,7 +250,9 @@ class Accumulator:
 
     def moments(self) -> GroupMoments:
         """What was added; the accumulator is not to be used afterwards."""
-        WtF, counts = self.WtF[: self.n_groups], self.counts[: self.n_groups]
+        k = len(self.columns)
+        WtF, counts = self.WtF[: self.n_groups, :, :k], self.counts[: self.n_groups]
+        FtF, plain = self.FtF[:k, :k], self.plain[:k, :k]
         if not self.weighted:  # the constant's sums are the counts, exactly
             constant = self.random[0]
             np.copyto(counts, WtF[:, 0, constant], casting="unsafe")
@@ -249,11 +261,20 @@ class Accumulator:
             random=self.random,
             frame=self.frame,
             WtF=WtF,
-            FtF=self.FtF,
-            plain=self.plain if self.weighted else self.FtF,
+            FtF=FtF,
+            plain=plain if self.weighted else FtF,
             counts=counts,
             log_weights=self.log_weights,
         )
+
+
+def _width(q: int, k: int) -> int:
+    """Columns of F in memory: as many as make a group's sums (q, width) whole cache lines.
+
+    Only if that takes few more: groups that begin anywhere in a line touch one more line each.
+    """
+    width = next(w for w in range(k, k + LINE // 8) if w * q * 8 % LINE == 0)
+    return width if 4 * width <= 5 * k else k
 
 
 def _aligned_zeros(shape: tuple[int, ...]) -> Floats:

@@ -79,11 +79,14 @@ class Layout:
         states that are added before they are divided
     shards
         a power of two
+    expected
+        estimate of the groups that a task meets
     """
 
     runs: tuple[range, ...]
     bunch: int
     shards: int
+    expected: int
 
     def __post_init__(self) -> None:
         assert self.shards & (self.shards - 1) == 0
@@ -151,7 +154,8 @@ def layout(spec: DesignSpec, parts: Sequence[Part], rows: int, keys: Keys, size:
         tasks = min(n, _tasks(rows, keys, size))
     ends = [round(n * (i + 1) / tasks) for i in range(tasks)]
     runs = tuple(range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True))
-    return Layout(runs, max(1, math.ceil(tasks * shards / PIECES)), shards)
+    expected = math.ceil(keys.met(rows / tasks, rows)) if rows else 0
+    return Layout(runs, max(1, math.ceil(tasks * shards / PIECES)), shards, expected)
 
 
 def divisible(spec: DesignSpec) -> bool:
