@@ -28,6 +28,7 @@ from dmixed.moments import better_frame
 from dmixed.naming import Names
 from dmixed.optimizer import Step
 from dmixed.params import VCSpec
+from dmixed.precision import needs_references, with_references
 from dmixed.preparation import Prepared, prepare
 from dmixed.results import MixedLMResults
 from dmixed.sources import Source, open_source
@@ -217,21 +218,32 @@ class MixedLM(FitsOfModel):
                 raise DataError(f"the data have no column {name!r}, which is to be the {role}")
             needed += [name] if name is not None else []
         pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
-        return specify(formula, pilot, **options)
+        return with_references(specify(formula, pilot, **options), pilot, self._rows)
+
+    def _rows(self) -> int | None:
+        """Rows of the data, as far as that is known without reading them."""
+        counts = [part.rows for part in self.source.parts(self.parsed.columns)]
+        return sum(n for n in counts if n is not None) or None
 
     @cached_property
     def moments(self) -> Moments:
         """Moments of the rows: the one pass over the data.
 
-        Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away)
-        is there a second one, with shifts and scales that the first has taught.
+        Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away, or
+        none of the groups that dwarf the noise) is there a second one, with what the first has
+        taught.
         """
         found = collect(self.spec, self.source, self.client, self.progress)
-        frame = better_frame(found.group)
-        if frame is None:
+        frame, references = better_frame(found.group), needs_references(found)
+        if frame is None and not references:
             return found
         logger.info("the first rows are not like the rest: reading again with better shifts")
-        return collect(replace(self.spec, frame=frame), self.source, self.client, self.progress)
+        better = replace(
+            self.spec,
+            frame=self.spec.frame if frame is None else frame,
+            references=self.spec.references or references,
+        )
+        return collect(better, self.source, self.client, self.progress)
 
     @cached_property
     def _prepared(self) -> Prepared:

@@ -289,6 +289,7 @@ def _assemble(
         group=group,
         n_groups=n_groups,
         weights=weights,
+        references=spec.references,
     )
 
 
