@@ -57,7 +57,7 @@ class Moments:
     @property
     def design(self) -> Design:
         """Names and coding of all columns, learned over all rows."""
-        return learn(self.spec, self.levels, self.group.columns, self.group.plain, self.nobs)
+        return learn(self.spec, self.levels, self.group.columns, self.group.unweighted, self.nobs)
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets of rows; cells are aligned by label, columns by name."""

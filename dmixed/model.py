@@ -27,6 +27,7 @@ from dmixed.moments import better_frame
 from dmixed.naming import Names
 from dmixed.optimizer import Step
 from dmixed.params import VCSpec
+from dmixed.precision import needs_references, with_references
 from dmixed.preparation import Prepared, prepare
 from dmixed.progress import Progress, Report, checked, open_progress
 from dmixed.results import MixedLMResults
@@ -223,14 +224,20 @@ class MixedLM(FitsOfModel):
                 raise DataError(f"the data have no column {name!r}, which is to be the {role}")
             needed += [name] if name is not None else []
         self._pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
-        return specify(formula, self._pilot, **options)
+        return with_references(specify(formula, self._pilot, **options), self._pilot, self._rows)
+
+    def _rows(self) -> int | None:
+        """Rows of the data, as far as that is known without reading them."""
+        counts = [part.rows for part in self.source.parts(self.parsed.columns)]
+        return sum(n for n in counts if n is not None) or None
 
     @cached_property
     def moments(self) -> Moments:
         """Moments of the rows: the one pass over the data.
 
-        Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away)
-        is there a second one, with shifts and scales that the first has taught.
+        Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away, or
+        none of the groups that dwarf the noise) is there a second one, with what the first has
+        taught.
         """
         with open_progress(self.progress) as report:
             return self._moments(report)
@@ -243,11 +250,16 @@ class MixedLM(FitsOfModel):
     def _moments(self, report: Report) -> Moments:
         report.stage("plan")
         found = self._pass(self.spec, report)
-        frame = better_frame(found.group)
-        if frame is None:
+        frame, references = better_frame(found.group), needs_references(found)
+        if frame is None and not references:
             return found
         report.message("the first rows are not like the rest: reading again with better shifts")
-        return self._pass(replace(self.spec, frame=frame), report)
+        better = replace(
+            self.spec,
+            frame=self.spec.frame if frame is None else frame,
+            references=self.spec.references or references,
+        )
+        return self._pass(better, report)
 
     def _pass(self, spec: DesignSpec, report: Report) -> Moments:
         report.plan(f"{self.formula}: {len(spec.columns)} columns of {self.source.kind} data")

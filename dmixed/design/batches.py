@@ -308,6 +308,7 @@ def _assemble(
         group=group,
         n_groups=n_groups,
         weights=weights,
+        references=spec.references,
     )
 
 
