@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from operator import add, getitem
@@ -25,18 +25,20 @@ from threadpoolctl import ThreadpoolController
 
 from dmixed.blocks import Floats
 from dmixed.collect import Moments, join, merge, parts_moments, split
+from dmixed.covariance import Blocks
 from dmixed.design import DesignSpec
 from dmixed.errors import DmixedError
 from dmixed.factors import Factors
 from dmixed.formula.expressions import columns_of
 from dmixed.likelihood import profile_terms
 from dmixed.nested import Bucket
-from dmixed.onelevel import GROUPS
+from dmixed.onelevel import GROUPS, OneLevel
 from dmixed.planning import SAMPLE_ROWS, Layout, group_bytes, layout, sample_keys
 from dmixed.progress import Report
 from dmixed.sources import Part, Source, load
 from dmixed.terms import ProfileTerms
 
+S = TypeVar("S")
 T = TypeVar("T")
 SPLIT_EVERY = 4
 """States added by one task of the tree."""
@@ -338,32 +340,58 @@ def _explained(error: BaseException) -> BaseException:
     )
 
 
-class Evaluator:
-    """`ProfileTerms` of all groups at a root of Psi, in threads of this process.
+def in_threads(function: Callable[[S], T], things: Iterable[S]) -> list[T]:
+    """``list(map(function, things))`` in threads of this process."""
+    calls = [partial(function, thing) for thing in things]
+    if len(calls) == 1:
+        return [calls[0]()]
+    return list(dask.compute(*(delayed(call, pure=False)() for call in calls), scheduler="threads"))
 
-    What one task evaluates is set by the data, so that sums do not depend on the machine.
+
+class Evaluator:
+    """`ProfileTerms` of all groups at a root of Psi.
+
+    What one task evaluates is set by the data, and sums are added slice by slice, then part by
+    part, so that they do not depend on the machine.
     """
 
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
-        self.slices = [
-            (part, slice(start, min(start + step, part.n_groups)))
-            for part in factors.parts
-            for step in [TASK_CHUNKS * part.step if isinstance(part, Bucket) else SLICE]
-            for start in range(0, part.n_groups, step)
-        ]
-        self.small = sum(part.n_groups for part in factors.parts) <= FEW_CLUSTERS and all(
-            isinstance(part, Bucket) and part.step >= part.n_groups for part in factors.parts
+        self.small = sum(part.n_groups for part in factors.evaluated) <= FEW_CLUSTERS and all(
+            isinstance(part, Bucket) and part.step >= part.n_groups for part in factors.evaluated
         )
 
     def __call__(self, root: Floats, order: int = 2) -> ProfileTerms:
-        """Terms up to derivatives of an order, added slice by slice in order."""
-        blocks = self.factors.blocks
-        calls = [
-            partial(profile_terms, blocks, part, root, order, groups)
-            for part, groups in self.slices
-        ]
-        if len(calls) == 1 or self.small:
-            return reduce(add, (call() for call in calls))
-        tasks = [delayed(call, pure=False)() for call in calls]
-        return reduce(add, dask.compute(*tasks, scheduler="threads"))
+        """Terms up to derivatives of an order."""
+        factors = self.factors
+        if factors.elsewhere is not None:
+            return factors.elsewhere.terms(factors.blocks, root, order)
+        evaluate = partial(_slice_terms, factors.blocks, root, order)
+        calls = [(part, groups) for part in factors.evaluated for groups in slices(part)]
+        if self.small:
+            return reduce(add, map(evaluate, calls))
+        found = iter(in_threads(evaluate, calls))
+        return reduce(
+            add,
+            (reduce(add, (next(found) for _ in slices(part))) for part in factors.evaluated),
+        )
+
+
+def slices(part: OneLevel | Bucket) -> list[slice]:
+    """Groups or clusters that one task evaluates."""
+    step = TASK_CHUNKS * part.step if isinstance(part, Bucket) else SLICE
+    n = part.n_groups
+    return [slice(start, min(start + step, n)) for start in range(0, max(n, 1), step)]
+
+
+def _slice_terms(
+    blocks: Blocks, root: Floats, order: int, call: tuple[OneLevel | Bucket, slice]
+) -> ProfileTerms:
+    part, groups = call
+    return profile_terms(blocks, part, root, order, groups)
+
+
+def part_terms(blocks: Blocks, root: Floats, order: int, part: OneLevel) -> ProfileTerms:
+    """Terms of a whole part, summed as an `Evaluator` does."""
+    evaluate = partial(_slice_terms, blocks, root, order)
+    return reduce(add, (evaluate((part, groups)) for groups in slices(part)))

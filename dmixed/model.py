@@ -250,7 +250,8 @@ class MixedLM(FitsOfModel):
     def _moments(self, report: Report) -> Moments:
         report.stage("plan")
         found = self._pass(self.spec, report)
-        frame, references = better_frame(found.group), needs_references(found)
+        totals = found.summary.totals
+        frame, references = better_frame(totals), needs_references(found.spec, totals)
         if frame is None and not references:
             return found
         report.message("the first rows are not like the rest: reading again with better shifts")

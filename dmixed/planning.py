@@ -176,4 +176,4 @@ def _tasks(rows: int, keys: Keys, size: int) -> int:
 def _shards(nbytes: float) -> int:
     if nbytes <= WHOLE:
         return 1
-    return max(SHARDS, 1 << math.ceil(math.log2(nbytes / SHARD)))
+    return max(SHARDS, 1 << (math.ceil(nbytes / SHARD) - 1).bit_length())

@@ -12,7 +12,7 @@ from dmixed.blocks import CONSTANT
 from dmixed.collect import Moments
 from dmixed.design import BarDesign, Design, TermDesign
 from dmixed.errors import DataError, NotSupportedError
-from dmixed.executor import one_blas_thread
+from dmixed.executor import in_threads, one_blas_thread
 from dmixed.factors import DependentColumns, Problem, problem
 from dmixed.levels import Index, Term, TooManyLevels
 
@@ -185,7 +185,8 @@ def _problem(
     moments: Moments, design: Design, bars: Sequence[BarDesign], terms: Sequence[Term]
 ) -> Problem:
     try:
-        return problem(moments.group, design.T_fixed, design.t_response, terms)
+        columns = design.T_fixed, design.t_response
+        return problem(moments.group, *columns, terms, moments.shards, in_threads)
     except DependentColumns as err:
         bar = bars[err.block]
         if bar.component is not None:
