@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial, reduce
 from operator import add, getitem
 from threading import Lock
@@ -24,16 +24,16 @@ from dask.delayed import Delayed, delayed
 from threadpoolctl import ThreadpoolController
 
 from dmixed.blocks import Floats
-from dmixed.collect import Moments, join, merge, parts_moments, split
+from dmixed.collect import Moments, Summary, join, merge, parts_moments, split
 from dmixed.covariance import Blocks
 from dmixed.design import DesignSpec
-from dmixed.errors import DmixedError
-from dmixed.factors import Factors
+from dmixed.errors import DmixedError, NotSupportedError
+from dmixed.factors import Coordinates, Factors, Shard, Within, one_level
 from dmixed.formula.expressions import columns_of
 from dmixed.likelihood import profile_terms
 from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS, OneLevel
-from dmixed.planning import SAMPLE_ROWS, Layout, group_bytes, layout, sample_keys
+from dmixed.planning import SAMPLE_ROWS, Layout, divisible, group_bytes, layout, sample_keys
 from dmixed.progress import Report
 from dmixed.sources import Part, Source, load
 from dmixed.terms import ProfileTerms
@@ -57,6 +57,9 @@ Tasks of unknown length are moved to idle workers, and here the whole state with
 
 POLL = 0.5
 """Seconds after which a pass looks whether it is to be stopped."""
+
+DRIVER = 200 * 10**6
+"""Bytes of moments that are brought from a cluster and evaluated in this process."""
 
 RETRIES = 3
 """Times that a cluster repeats a task that failed for reasons of its own."""
@@ -134,13 +137,17 @@ def collect(
     pilot: pa.Table,
     client: Any = None,
     report: Report | None = None,
-) -> Moments:
+    where: str = "auto",
+) -> Moments | RemoteMoments:
     """One pass over the rows of a source.
 
     Parameters
     ----------
     pilot
         some rows with the columns of the spec
+    where
+        "driver" brings the moments here, "workers" leaves them on a cluster, "auto" decides by
+        their size
 
     Raises
     ------
@@ -148,13 +155,39 @@ def collect(
         from the parts, naming the file or partition; or the cluster lost its workers
     """
     parts = source.parts(spec.columns)
-    plan = _layout(spec, source, parts, pilot, client)
+    remote = where == "workers"
+    if remote:
+        _check_remote(spec, client)
+    plan = _layout(spec, source, parts, pilot, client, remote)
     numbered = list(zip(parts, _starts(parts), strict=True))
     with _told(report, len(parts), client) as topic:
         read = partial(_parts_moments, spec, plan.expected, topic)
         tasks = [_task(read, numbered[run.start : run.stop], MOMENTS) for run in plan.runs]
-        found = compute(_shards(tasks, plan), client, report)
+        shards = _shards(tasks, plan)
+        if client is None:
+            found = compute(shards)
+        else:
+            futures = _persisted(client, shards, report)
+            summaries = gather(client, client.map(_summary, futures, pure=False, retries=RETRIES))
+            nbytes = sum(summary.totals.nbytes for summary in summaries)
+            if remote or (where == "auto" and plan.shards > 1 and nbytes > DRIVER):
+                return RemoteMoments(reduce(add, summaries), tuple(futures), client)
+            found = gather(client, futures)
     return found[0] if len(found) == 1 else join(found)
+
+
+def _check_remote(spec: DesignSpec, client: Any) -> None:
+    if client is None:
+        raise DmixedError('evaluate_on="workers" needs a cluster: pass client=, or make a Client')
+    if not divisible(spec):
+        raise NotSupportedError(
+            'evaluate_on="workers" needs one grouping factor: the levels of several factors are '
+            'solved for together; use evaluate_on="driver"'
+        )
+
+
+def _summary(moments: Moments) -> Summary:
+    return moments.summary
 
 
 def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
@@ -170,7 +203,12 @@ def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
 
 
 def _layout(
-    spec: DesignSpec, source: Source, parts: Sequence[Part], pilot: pa.Table, client: Any
+    spec: DesignSpec,
+    source: Source,
+    parts: Sequence[Part],
+    pilot: pa.Table,
+    client: Any,
+    remote: bool,
 ) -> Layout:
     """How to divide the pass; from metadata, a sample of keys, and the pilot's columns."""
     rows = sum(part.rows or 0 for part in parts)
@@ -181,7 +219,7 @@ def _layout(
     elif len(parts) >= MANY_FRAMES:
         rows = len(parts) * each_part(_length, parts[:1], client)[0]
     keys = sample_keys(spec, sample, max(rows, len(sample)))
-    return layout(spec, parts, rows, keys, group_bytes(spec, pilot))
+    return layout(spec, parts, rows, keys, group_bytes(spec, pilot), remote)
 
 
 def _length(part: Part, value: Any) -> int:
@@ -304,12 +342,26 @@ def compute(
         scheduler = dask.config.get("scheduler", None) or "threads"
         with one_blas_thread:
             return list(dask.compute(*tasks, scheduler=scheduler))
+    return gather(client, _persisted(client, tasks, report))
+
+
+def _persisted(client: Any, tasks: Sequence[Delayed], report: Report | None) -> list[Any]:
+    """Futures of tasks that are done; results stay on the workers."""
     futures = client.compute(list(tasks), retries=RETRIES)
     try:
         _wait(client, futures, report)
-        return list(client.gather(futures))
-    except BaseException as error:
+    except BaseException:
         client.cancel(futures)
+        raise
+    return list(futures)
+
+
+def gather(client: Any, futures: Sequence[Any]) -> list[Any]:
+    """Results of futures; cancels them all if one fails."""
+    try:
+        return list(client.gather(list(futures)))
+    except BaseException as error:
+        client.cancel(list(futures))
         raise _explained(error) from None
 
 
@@ -395,3 +447,138 @@ def part_terms(blocks: Blocks, root: Floats, order: int, part: OneLevel) -> Prof
     """Terms of a whole part, summed as an `Evaluator` does."""
     evaluate = partial(_slice_terms, blocks, root, order)
     return reduce(add, (evaluate((part, groups)) for groups in slices(part)))
+
+
+# --------------------------------------------------------------- moments that stay on workers
+
+
+@dataclass(frozen=True, eq=False)
+class RemoteMoments:
+    """Moments in shards on the workers of a cluster, which hold them as long as this is held.
+
+    They are results of pure tasks: a worker that is lost costs the time to make its shards again.
+
+    Attributes
+    ----------
+    summary
+        what is known of all cells together
+    futures
+        of the `Moments` of each shard
+    """
+
+    summary: Summary
+    futures: tuple[Any, ...]
+    client: Any
+
+    @property
+    def spec(self) -> DesignSpec:
+        """What was evaluated on the rows."""
+        return self.summary.spec
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Rows dropped, by reason."""
+        return self.summary.dropped
+
+    @property
+    def nobs(self) -> int:
+        """Rows used."""
+        return self.summary.totals.nobs
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.summary.totals.n_groups
+
+    def each(self, function: Callable[..., Any], *others: Sequence[Any], **options: Any) -> Any:
+        """Futures of ``function(moments, *other, **options)`` of every shard."""
+        return self.client.map(
+            function, self.futures, *others, pure=False, retries=RETRIES, **options
+        )
+
+    def __reduce__(self) -> Any:
+        raise NotSupportedError(
+            "moments on the workers of a cluster cannot be pickled: fit with "
+            'evaluate_on="driver", or write what you need (`ranef_table(out=...)`, `to_dict()`)'
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RemoteFactors:
+    """Factors of shards on the workers; evaluations travel there, `ProfileTerms` come back."""
+
+    futures: tuple[Any, ...]
+    client: Any
+
+    def terms(self, blocks: Blocks, root: Floats, order: int) -> ProfileTerms:
+        """Terms of all groups, added shard by shard in order.
+
+        Each thread of a worker gets one task for the shards that are there.
+        """
+        runs = _by_thread(self.client, self.futures)
+        tasks = [
+            self.client.submit(
+                *(_shards_terms, blocks, root, order, [self.futures[i] for i in run]),
+                key=_key("dmixed-evaluate"),
+                pure=False,
+                retries=RETRIES,
+            )
+            for run in runs
+        ]
+        found: dict[int, ProfileTerms] = {}
+        for run, terms in zip(runs, gather(self.client, tasks), strict=True):
+            found.update(zip(run, terms, strict=True))
+        return reduce(add, (found[i] for i in range(len(self.futures))))
+
+
+@one_blas_thread
+def _shards_terms(
+    blocks: Blocks, root: Floats, order: int, shards: Sequence[Shard]
+) -> list[ProfileTerms]:
+    return [part_terms(blocks, root, order, shard.evaluated) for shard in shards]
+
+
+def _by_thread(client: Any, futures: Sequence[Any]) -> list[list[int]]:
+    """Positions of futures by the worker that has them, one list for each of its threads."""
+    holders, threads = client.who_has(list(futures)), client.nthreads()
+    place: dict[str, list[int]] = {}
+    for i, future in enumerate(futures):
+        place.setdefault(next(iter(holders.get(future.key, ())), ""), []).append(i)
+    runs = []
+    for worker, own in place.items():
+        n = max(1, min(threads.get(worker, 1), len(own)))
+        runs += [own[j::n] for j in range(n)]
+    return runs
+
+
+def remote_shards(moments: RemoteMoments, model: Coordinates) -> tuple[Any, list[ShardFacts]]:
+    """Futures of the factors of every shard, and what is to be known of them here."""
+    futures = moments.each(_factored, model=model)
+    facts = gather(moments.client, moments.client.map(_facts, futures, pure=False))
+    return tuple(futures), facts
+
+
+@one_blas_thread
+def _factored(moments: Moments, model: Coordinates) -> Shard:
+    return one_level(moments.group, model)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """What is known of a shard's factors: what its groups explain, and bytes to evaluate."""
+
+    within: Within
+    nbytes: int
+
+
+def _facts(shard: Shard) -> ShardFacts:
+    return ShardFacts(shard.within, shard.evaluated.RT.nbytes)
+
+
+def _evaluated(shard: Shard) -> OneLevel:
+    return shard.evaluated
+
+
+def evaluated_here(client: Any, futures: Sequence[Any]) -> tuple[OneLevel, ...]:
+    """What is evaluated of some shards, brought to this process."""
+    return tuple(gather(client, client.map(_evaluated, list(futures), pure=False)))

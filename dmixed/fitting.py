@@ -300,7 +300,7 @@ def _check_identified(prepared: Prepared, found: Optimum) -> None:
         if not undetermined:
             continue
         bar = prepared.bars[block]
-        levels = max(len(prepared.levels[i]) for i in prepared.members(block))
+        levels = max(prepared.problem.terms[i].n_levels for i in prepared.members(block))
         why = (
             "there is only one group"
             if levels == 1

@@ -17,7 +17,7 @@ from dmixed.caller import joined
 from dmixed.collect import Moments
 from dmixed.design import DesignSpec, specify
 from dmixed.errors import DataError
-from dmixed.executor import collect, find_client
+from dmixed.executor import RemoteMoments, collect, find_client
 from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search, evaluate
 from dmixed.formula import ParsedFormula, parse, parse_parts
@@ -199,6 +199,7 @@ class MixedLM(FitsOfModel):
         self.source: Source = open_source(data, storage_options)
         self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
         self.progress: Progress | bool | None = None
+        self._evaluate_on = "auto"
         self.use_sqrt = True
         self._names = Names()
 
@@ -232,7 +233,7 @@ class MixedLM(FitsOfModel):
         return sum(n for n in counts if n is not None) or None
 
     @cached_property
-    def moments(self) -> Moments:
+    def moments(self) -> Moments | RemoteMoments:
         """Moments of the rows: the one pass over the data.
 
         Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away, or
@@ -247,7 +248,7 @@ class MixedLM(FitsOfModel):
         if "moments" not in vars(self):
             vars(self)["moments"] = self._moments(report)
 
-    def _moments(self, report: Report) -> Moments:
+    def _moments(self, report: Report) -> Moments | RemoteMoments:
         report.stage("plan")
         found = self._pass(self.spec, report)
         totals = found.summary.totals
@@ -262,9 +263,9 @@ class MixedLM(FitsOfModel):
         )
         return self._pass(better, report)
 
-    def _pass(self, spec: DesignSpec, report: Report) -> Moments:
+    def _pass(self, spec: DesignSpec, report: Report) -> Moments | RemoteMoments:
         report.plan(f"{self.formula}: {len(spec.columns)} columns of {self.source.kind} data")
-        found = collect(spec, self.source, self._pilot, self.client, report)
+        found = collect(spec, self.source, self._pilot, self.client, report, self._evaluate_on)
         report.passed(found.nobs + sum(found.dropped.values()), found.dropped)
         return found
 
@@ -305,6 +306,7 @@ def lmer(
     method: str | None = None,
     progress: Progress | bool | None = None,
     callback: Callable[[int, Step], None] | None = None,
+    evaluate_on: str = "auto",
 ) -> MixedLMResults:
     """Fit a linear mixed model written as in lme4.
 
@@ -337,6 +339,10 @@ def lmer(
         terminal; False for none; or a function called with each `progress.Event`, one at a time
         and in order. An exception of it ends the fit and is raised. The logger "dmixed" tells
         the same in words.
+    evaluate_on
+        where the likelihood is evaluated after a pass on a cluster: "driver" brings the moments
+        to this process, "workers" leaves them there in shards, "auto" brings them if they have
+        less than 200 MB
 
     Examples
     --------
@@ -363,6 +369,9 @@ def lmer(
     )
     if not isinstance(reml, (bool, np.bool_)):
         raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
+    if evaluate_on not in ("auto", "driver", "workers"):
+        raise DataError(f'evaluate_on={evaluate_on!r}: must be "auto", "driver" or "workers"')
+    model._evaluate_on = evaluate_on
     (name,) = search_methods(method)
     with open_progress(progress) as report:
         model._read(report)

@@ -142,6 +142,8 @@ class GroupMoments:
             nobs=self.nobs,
             log_weights=self.log_weights,
             nbytes=self.nbytes,
+            smallest=int(self.counts.min(initial=np.iinfo(np.int64).max)),
+            largest=int(self.counts.max(initial=0)),
             weighted=self.plain is not self.FtF,
             referenced=self.reference is not None,
         )
@@ -181,6 +183,8 @@ class Totals:
         (k, k): sum over groups of s s' / n, s the sums of a group about its reference
     n_groups, nobs, nbytes
         groups, rows, bytes of their moments
+    smallest, largest
+        rows of the smallest and of the largest group
     weighted, referenced
         whether rows have weights, and groups references
     """
@@ -196,6 +200,8 @@ class Totals:
     nobs: int
     log_weights: float
     nbytes: int
+    smallest: int
+    largest: int
     weighted: bool
     referenced: bool
 
@@ -205,7 +211,8 @@ class Totals:
         names = ("FtF", "gram", "unweighted", "between", "n_groups", "nobs", "log_weights")
         sums = {name: getattr(self, name) + getattr(other, name) for name in (*names, "nbytes")}
         flags = {n: getattr(self, n) or getattr(other, n) for n in ("weighted", "referenced")}
-        return replace(self, **sums, **flags)
+        smallest, largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        return replace(self, **sums, **flags, smallest=smallest, largest=largest)
 
 
 def carried_columns(block: DesignBlock, rows: slice) -> Floats:

@@ -136,7 +136,14 @@ def group_bytes(spec: DesignSpec, pilot: pa.Table) -> int:
     return 8 * (len(made.random) * len(made.columns) + 2)
 
 
-def layout(spec: DesignSpec, parts: Sequence[Part], rows: int, keys: Keys, size: int) -> Layout:
+def layout(
+    spec: DesignSpec,
+    parts: Sequence[Part],
+    rows: int,
+    keys: Keys,
+    size: int,
+    divided: bool = False,
+) -> Layout:
     """Divide a pass.
 
     Parameters
@@ -145,9 +152,13 @@ def layout(spec: DesignSpec, parts: Sequence[Part], rows: int, keys: Keys, size:
         in all parts, or an estimate
     size
         bytes of the sums of one group
+    divided
+        there are to be shards, however small
     """
     n = len(parts)
     shards = _shards(keys.groups * size) if divisible(spec) else 1
+    if divided:
+        shards = max(shards, SHARDS)
     if any(isinstance(part.task, Delayed) for part in parts):
         tasks = n  # a task would hold all the frames that it waits for
     else:

@@ -60,7 +60,7 @@ def _lookup(prepared: Prepared, modes: Sequence[Floats]) -> _Lookup:
         found.append(np.where(term.codes[:, None] >= 0, effects, 0.0))
     design = prepared.design.terms
     order = [next(i for i, t in enumerate(prepared.terms) if t is own) for own in design]
-    return _Lookup(prepared.moments.labels, tuple(found[i] for i in order))
+    return _Lookup(prepared.here.labels, tuple(found[i] for i in order))
 
 
 def used_rows(
