@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from dmixed.covariance import Blocks
-from dmixed.executor import in_threads, one_blas_thread
+from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.factors import Problem, problem
 from dmixed.fitting import (
     Estimates,

@@ -16,8 +16,10 @@ from dmixed.blocks import Floats
 from dmixed.caller import joined
 from dmixed.collect import Moments
 from dmixed.design import DesignSpec, specify
+from dmixed.dispatch import find_client
 from dmixed.errors import DataError
-from dmixed.executor import RemoteMoments, collect, find_client
+from dmixed.evaluation import RemoteMoments
+from dmixed.executor import collect
 from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search, evaluate
 from dmixed.formula import ParsedFormula, parse, parse_parts

@@ -16,15 +16,9 @@ from dmixed import keys
 from dmixed.blocks import CONSTANT
 from dmixed.collect import Moments
 from dmixed.design import BarDesign, Design, TermDesign
+from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.errors import DataError, NotSupportedError
-from dmixed.executor import (
-    RemoteFactors,
-    RemoteMoments,
-    evaluated_here,
-    in_threads,
-    one_blas_thread,
-    remote_shards,
-)
+from dmixed.evaluation import RemoteFactors, RemoteMoments, evaluated_here, remote_shards
 from dmixed.factors import DependentColumns, Problem, assembled, coordinates, problem
 from dmixed.levels import Index, Term, TooManyLevels
 from dmixed.onelevel import OneLevel

@@ -13,9 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dmixed import prediction, storage
+from dmixed.dispatch import running
 from dmixed.effects import ByLabel
 from dmixed.errors import NotSupportedError
-from dmixed.executor import running
 from dmixed.inference.random_effects import (
     conditional_covariances,
     conditional_modes,

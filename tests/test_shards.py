@@ -11,7 +11,7 @@ import pytest
 import dmixed
 from dmixed import keys, onelevel, planning
 from dmixed.collect import join, split
-from dmixed.executor import Evaluator
+from dmixed.evaluation import Evaluator
 from dmixed.fitting import fit
 from dmixed.onelevel import OneLevel, merged
 from dmixed.preparation import prepare
