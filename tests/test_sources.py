@@ -306,7 +306,14 @@ class TestRefusals:
         pq.write_table(table(), tmp_path / "f.parquet")
         (tmp_path / "_delta_log").mkdir()
         (tmp_path / "_delta_log" / "0.json").touch()
-        with pytest.raises(DataError, match="is a Delta table"):
+        with pytest.raises(DataError, match=r"Delta table"):  # without deltalake, or with
+            open_source(tmp_path)
+        (tmp_path / "_delta_log").rename(tmp_path / ".hoodie")
+        with pytest.raises(DataError, match="is a Hudi table"):
+            open_source(tmp_path)
+        (tmp_path / ".hoodie").rename(tmp_path / "metadata")
+        (tmp_path / "metadata" / "0.json").rename(tmp_path / "metadata" / "v1.metadata.json")
+        with pytest.raises(DataError, match="is an Iceberg table"):
             open_source(tmp_path)
 
 
