@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 
 from dmixed.errors import DataError
-from dmixed.sources.files import DeltaFolder, redact
+from dmixed.sources.files import DeltaFolder, State, redact
 from dmixed.sources.filters import Filter
 from dmixed.sources.parquet import FileSource, equations
 
@@ -98,7 +98,7 @@ def _source(
     name = shown.removeprefix("file://").rstrip("/")
     try:
         dataset = table.to_pyarrow_dataset(filesystem=filesystem)
-        actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+        actions = pa.table(table.get_add_actions(flatten=True))
     except Exception as error:
         raise DataError(f"{shown} cannot be read as a Delta table: {error}") from None
     # ":" and "//" are how a path tells that it is not below the table
@@ -108,10 +108,7 @@ def _source(
             f"{shown} has files that are not in its folder, as {redact(outside[0])}: "
             "copy the table, or pass its DataFrame"
         )
-    states = {
-        action["path"]: (action["size_bytes"], str(action["modification_time"]))
-        for action in actions
-    }
+    states = _states(actions)
     partitions = table.metadata().partition_columns
     parquet = ds.ParquetFileFormat()
     fragments = []
@@ -133,6 +130,17 @@ def _source(
     )
     _ = source.filter_columns
     return source
+
+
+def _states(actions: pa.Table) -> dict[str, State]:
+    """Size and time of each file, by its path as it is and as it was encoded in the log."""
+    found: dict[str, State] = {}
+    moments = actions["modification_time"].cast(pa.int64())
+    columns = (actions["path"], actions["size_bytes"], moments)
+    for path, size, moment in zip(*(column.to_pylist() for column in columns), strict=True):
+        found[path] = size, str(moment)
+        found.setdefault(unquote(path), found[path])
+    return found
 
 
 def _refuse_features(table: Any, shown: str) -> None:

@@ -60,7 +60,10 @@ def open_file(name: str, fragment: ds.Fragment, declared: pa.Schema | None = Non
         raise unreadable(name, error, secrets(fragment)) from None
     for key, value in folder_values(fragment).items():
         if key not in schema.names:
-            schema = schema.append(pa.field(key, pa.scalar(value).type))
+            field = pa.field(key, pa.scalar(value).type)
+            if declared is not None and declared.get_field_index(key) >= 0:
+                field = declared.field(key)
+            schema = schema.append(field)
     groups = tuple((group.id, group.num_rows) for group in fragment.row_groups)
     return File(name, fragment, schema, groups, frozenset(i for i, _ in groups))
 

@@ -28,7 +28,7 @@ from dmixed.sources.files import FileSet, State, redact
 from dmixed.sources.filters import Filter
 from dmixed.sources.footers import File, bounds, folder_values, n_bytes, open_file, selected
 from dmixed.sources.memory import MemorySource
-from dmixed.sources.reading import Opener, Piece, Probe, Read, probe
+from dmixed.sources.reading import Opener, Piece, Place, Probe, Read, probe
 
 Groups: TypeAlias = tuple[File, list[int]]
 
@@ -125,7 +125,7 @@ class FileSource:
         if not self._kept:
             return probe(self.name, _nothing)
         name, fragment = self.fragments[self._kept[0]]
-        return probe(name, Opener(fragment))
+        return probe(name, Opener(Place.of(fragment)))
 
     def fingerprints(self) -> tuple[Fingerprint, ...]:
         """One for each file whose folder is not excluded."""
@@ -296,20 +296,20 @@ def _batches(files: Sequence[File], limit: int) -> Iterator[list[Groups]]:
 
 def _piece(file: File, groups: list[int], filtered: bool, nullable: bool) -> Piece:
     """Some row groups of a file."""
+    place = Place.of(file.fragment)
     if file.groups is None:
-        return Piece(file.name, file.fragment, None, None, not filtered)
+        return Piece(file.name, place, None, None, not filtered)
     counts = dict(file.groups)
     rows = sum(counts[i] for i in groups)
     whole = not filtered or file.whole.issuperset(groups)
     if file.complete and len(groups) == len(counts):
         if file.fragment.metadata.num_row_groups != len(counts):  # a Dataset's own selection
-            return Piece(file.name, file.fragment, tuple(groups), rows, whole, nullable)
-        return Piece(file.name, file.fragment, None, rows, whole, nullable)
+            return Piece(file.name, place, tuple(groups), rows, whole, nullable)
+        return Piece(file.name, place, None, rows, whole, nullable)
     a, b = groups[0], groups[-1]
     some = "" if b - a + 1 == len(groups) else f"{len(groups)} of "
     name = f"{file.name} {some}row group{f's {a}-{b}' if a < b else f' {a}'}"
-    fragment = file.fragment.subset(row_group_ids=groups)
-    return Piece(name, fragment, tuple(groups), rows, whole, nullable)
+    return Piece(name, place, tuple(groups), rows, whole, nullable)
 
 
 def equations(values: Mapping[str, Any], schema: pa.Schema) -> ds.Expression | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.fs
 import pyarrow.parquet as pq
 
 from dmixed.errors import DataError
@@ -25,6 +26,62 @@ PEEK = 2**16  # rows looked through at a time for the first that are wanted
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file is and how it is read.
+
+    Arrow's fragment of a Parquet file reads the footer when it is pickled, also on a scheduler
+    that has no access to it; this does not.
+
+    Attributes
+    ----------
+    path, filesystem
+        of the file
+    folder
+        values that all its rows share
+    form, expression
+        format and partition of Arrow's fragment, None for Parquet without options
+    buffer
+        the file itself, if it is in memory
+    """
+
+    path: str
+    filesystem: pa.fs.FileSystem
+    folder: Mapping[str, Any]
+    form: ds.FileFormat | None = None
+    expression: ds.Expression | None = None
+    buffer: pa.Buffer | None = None
+
+    @classmethod
+    def of(cls, fragment: ds.Fragment) -> Place:
+        """Place of a fragment."""
+        folder = dict(ds.get_partition_keys(fragment.partition_expression))
+        given = fragment.path, fragment.filesystem, folder
+        if not _has_options(fragment) and fragment.buffer is None:
+            return cls(*given)
+        return cls(*given, fragment.format, fragment.partition_expression, fragment.buffer)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is Parquet without options."""
+        return self.form is None
+
+    def open(self) -> pa.NativeFile:
+        """The file, open for reading."""
+        return self.filesystem.open_input_file(self.path)
+
+    def fragment(self, groups: Sequence[int] | None) -> ds.Fragment:
+        """Arrow's fragment, of some row groups."""
+        assert self.form is not None
+        where = self.path if self.buffer is None else self.buffer
+        options: dict[str, Any] = {"partition_expression": self.expression}
+        if groups is not None:
+            options["row_groups"] = list(groups)
+        if self.buffer is None:
+            options["filesystem"] = self.filesystem
+        return self.form.make_fragment(where, **options)
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Some rows of one file.
 
@@ -32,8 +89,8 @@ class Piece:
     ----------
     name
         for messages
-    fragment
-        what Arrow reads it with
+    place
+        where the file is
     groups
         the row groups, None for the whole file
     rows
@@ -45,7 +102,7 @@ class Piece:
     """
 
     name: str
-    fragment: ds.Fragment
+    place: Place
     groups: tuple[int, ...] | None
     rows: int | None
     whole: bool = True
@@ -111,9 +168,8 @@ def _piece_tables(
     wanted = schema if filtering is None else pa.unify_schemas([schema, filtering[1]])
     count = 0
     try:
-        tables = (_scanned if _has_options(piece.fragment) else partial(_decoded, buffer=buffer))(
-            piece, wanted, size
-        )
+        read = partial(_decoded, buffer=buffer) if piece.place.plain else _scanned
+        tables = read(piece, wanted, size)
         for table in tables:
             count += len(table)
             if filtering is not None:
@@ -122,7 +178,7 @@ def _piece_tables(
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise unreadable(piece.name, error, secrets(piece.fragment)) from None
+        raise unreadable(piece.name, error, secrets(piece.place)) from None
     if piece.rows is not None and count != piece.rows:
         raise DataError(
             f"{piece.name} has changed while it was in use: {count} rows, not {piece.rows}; "
@@ -145,7 +201,7 @@ def _has_options(fragment: ds.Fragment) -> bool:
 def _scanned(piece: Piece, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
     """Rows through Arrow's Dataset, which decodes a row group at a time."""
     scanner = ds.Scanner.from_fragment(
-        piece.fragment,
+        piece.place.fragment(piece.groups),
         schema=schema,
         columns=schema.names,
         batch_size=size,
@@ -158,9 +214,8 @@ def _scanned(piece: Piece, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
 
 def _decoded(piece: Piece, schema: pa.Schema, size: int, buffer: int | None) -> Iterator[pa.Table]:
     """Rows through the Parquet reader, which decodes no more than it is asked for."""
-    fragment = piece.fragment
-    folder = ds.get_partition_keys(fragment.partition_expression)
-    with fragment.open() as source:
+    folder = piece.place.folder
+    with piece.place.open() as source:
         file = pq.ParquetFile(source, pre_buffer=buffer is None, buffer_size=buffer or 0)
         present = file.schema_arrow.names
         stored = [name for name in schema.names if name in present]
@@ -230,7 +285,7 @@ class Probe:
             found = pickle.loads(self.opener)
             found()
         except Exception as error:
-            return str(unreadable(self.name, error, secrets(getattr(found, "fragment", None))))
+            return str(unreadable(self.name, error, secrets(getattr(found, "place", None))))
         return None
 
 
@@ -238,14 +293,15 @@ class Probe:
 class Opener:
     """Opens a file and reads what it says of itself."""
 
-    fragment: ds.Fragment
+    place: Place
 
     def __call__(self) -> None:
         """Read the footer, or the first bytes of other formats."""
-        with self.fragment.open() as source:
-            if isinstance(self.fragment, ds.ParquetFileFragment):
-                if not _has_options(self.fragment):
-                    pq.ParquetFile(source)
+        if self.place.buffer is not None:
+            return
+        with self.place.open() as source:
+            if self.place.plain:
+                pq.ParquetFile(source)
             else:
                 source.read(1)
 
@@ -255,9 +311,9 @@ def probe(name: str, opener: Any) -> Probe:
     return Probe(name, pickle.dumps(opener))
 
 
-def secrets(fragment: ds.Fragment | None) -> Mapping[str, Any]:
-    """Storage options of the filesystem of a file, which a message must not repeat."""
-    filesystem: Any = getattr(fragment, "filesystem", None)
+def secrets(place: Any) -> Mapping[str, Any]:
+    """Storage options of the filesystem of a place or fragment, which a message must not repeat."""
+    filesystem: Any = getattr(place, "filesystem", None)
     while hasattr(filesystem, "base_fs"):
         filesystem = filesystem.base_fs
     storage = getattr(getattr(filesystem, "handler", None), "fs", None)
