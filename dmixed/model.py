@@ -93,7 +93,7 @@ class MixedLM(FitsOfModel):
         _refuse(unknown)
         made = array_model(endog, exog, groups, exog_re, exog_vc)
         formula = parse_parts(made.formula, made.group, made.re_formula, (), made.vc_formula)
-        self._set_up(formula, made.table, weights, offset, missing, client, None, None)
+        self._set_up(formula, made.table, weights, offset, missing, client, None, {})
         self._names = made.names
         self.use_sqrt = bool(use_sqrt)
         self.progress = checked(progress)
@@ -118,6 +118,9 @@ class MixedLM(FitsOfModel):
         context: Mapping[str, Callable[..., Any]] | None = None,
         storage_options: Mapping[str, Any] | None = None,
         progress: Progress | bool | None = None,
+        filters: Any = None,
+        version: int | None = None,
+        snapshot: int | None = None,
         **unknown: Any,
     ) -> MixedLM:
         """Model in statsmodels' words.
@@ -144,6 +147,8 @@ class MixedLM(FitsOfModel):
             variables too
         progress
             see `lmer`; for the pass over the rows, and for fits that are not told otherwise
+        storage_options, filters, version, snapshot
+            see `lmer`
 
         Raises
         ------
@@ -170,7 +175,8 @@ class MixedLM(FitsOfModel):
         if isinstance(vc_formula, Mapping) and all(isinstance(name, str) for name in vc_formula):
             vc_formula = dict(sorted(vc_formula.items()))  # as statsmodels orders them
         parsed = parse_parts(formula, key, re_formula, own, vc_formula)
-        model = cls._of(parsed, data, weights, offset, missing, client, own, storage_options)
+        place = _place(storage_options, filters, version, snapshot)
+        model = cls._of(parsed, data, weights, offset, missing, client, own, place)
         model.use_sqrt = bool(use_sqrt)
         model.progress = checked(progress)
         model._read_now()
@@ -191,14 +197,14 @@ class MixedLM(FitsOfModel):
         missing: str,
         client: Any,
         context: Mapping[str, Callable[..., Any]] | None,
-        storage_options: Mapping[str, Any] | None,
+        place: Mapping[str, Any],
     ) -> None:
         if missing not in ("drop", "raise", "none"):
             raise DataError(f'missing={missing!r}: must be "drop", "raise" or "none"')
         data, names = with_columns(data, {"weights": weights, "offset": offset})
         self.parsed: ParsedFormula = formula
         self.client = find_client(client)
-        self.source: Source = open_source(data, storage_options)
+        self.source: Source = open_source(data, **place)
         self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
         self.progress: Progress | bool | None = None
         self._evaluate_on = "auto"
@@ -305,6 +311,9 @@ def lmer(
     context: Mapping[str, Callable[..., Any]] | None = None,
     *,
     storage_options: Mapping[str, Any] | None = None,
+    filters: Any = None,
+    version: int | None = None,
+    snapshot: int | None = None,
     method: str | None = None,
     progress: Progress | bool | None = None,
     callback: Callable[[int, Step], None] | None = None,
@@ -318,8 +327,9 @@ def lmer(
         such as ``"y ~ x1 + x2 + (1 + x1 | g)"``, ``"y ~ x + (1 | school/class)"``,
         ``"y ~ 1 + (1 | plate) + (1 | sample)"``
     data
-        pandas or polars DataFrame, pyarrow Table or Dataset, Dask DataFrame, or the path or URI
-        of Parquet data (file, directory, glob); only the columns used are read, once
+        pandas or polars DataFrame, pyarrow Table or Dataset, Dask DataFrame, the path or URI of
+        Parquet data (file, directory, glob) or of a Delta table, a DeltaTable, or an Iceberg Table
+        or DataScan; only the columns used are read, once
     reml
         restricted maximum likelihood (else maximum likelihood)
     weights, offset
@@ -333,6 +343,14 @@ def lmer(
         row-wise functions that the formula may call by name
     storage_options
         for fsspec, with a URI
+    filters
+        rows of files and tables to use, as ``pandas.read_parquet`` takes it,
+        ``[("year", ">=", 2024)]``, or a ``pyarrow.compute.Expression``; the columns need not be
+        in the formula, and what folders and statistics exclude is not read
+    version
+        of a Delta table (the latest by default)
+    snapshot
+        id of a snapshot of an Iceberg table (the current one by default)
     method, callback
         see `MixedLM.fit`
     progress
@@ -367,7 +385,7 @@ def lmer(
         missing,
         client,
         context,
-        storage_options,
+        _place(storage_options, filters, version, snapshot),
     )
     if not isinstance(reml, (bool, np.bool_)):
         raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
@@ -382,6 +400,21 @@ def lmer(
         found = model._fit(bool(reml), search, None, None, True, Penalties())
         report.fitted(found.summary)
     return model._result(found, False, {}, stacklevel=3)
+
+
+def _place(
+    storage_options: Mapping[str, Any] | None,
+    filters: Any,
+    version: int | None,
+    snapshot: int | None,
+) -> dict[str, Any]:
+    """Arguments of `open_source`."""
+    return {
+        "storage_options": storage_options,
+        "filters": filters,
+        "version": version,
+        "snapshot": snapshot,
+    }
 
 
 def _refuse(unknown: Mapping[str, Any]) -> None:

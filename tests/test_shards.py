@@ -30,7 +30,7 @@ def table(n=6000, groups=500, seed=0, labels=None):
 
 def moments(formula, data):
     return dmixed.MixedLM._of(
-        dmixed.model.parse(formula, ()), data, None, None, "drop", None, None, None
+        dmixed.model.parse(formula, ()), data, None, None, "drop", None, None, {}
     ).moments
 
 
