@@ -16,7 +16,7 @@ from dmixed.errors import DataError
 from dmixed.hashing import label_hashes
 from dmixed.index import LabelIndex
 from dmixed.moments import Accumulator, GroupMoments, Totals, combine
-from dmixed.sources import Part, load
+from dmixed.sources import Part, stream
 
 SUMS = 4
 """Sets of columns, as batches with other levels have them, that are summed side by side."""
@@ -136,10 +136,12 @@ def parts_moments(
     """
     state = _State(spec, expected)
     for part, row0 in parts:
-        table = load(part, value)
-        state.add(block(spec, table, row0, part.name, state.index))
+        rows = nbytes = 0
+        for table in stream(part, value):
+            state.add(block(spec, table, row0 + rows, part.name, state.index))
+            rows, nbytes = rows + len(table), nbytes + table.nbytes
         if told is not None:
-            told(len(table), table.nbytes)
+            told(rows, nbytes)
     return state.moments()
 
 

@@ -22,7 +22,15 @@ from dmixed.dispatch import RETRIES, compute, gather, one_blas_thread, persisted
 from dmixed.errors import DmixedError, NotSupportedError
 from dmixed.evaluation import RemoteMoments
 from dmixed.formula.expressions import columns_of
-from dmixed.planning import SAMPLE_ROWS, Layout, divisible, group_bytes, layout, sample_keys
+from dmixed.planning import (
+    SAMPLE_ROWS,
+    Layout,
+    divisible,
+    group_bytes,
+    layout,
+    sample_keys,
+    with_ranges,
+)
 from dmixed.progress import Report
 from dmixed.sources import Part, Source, load
 
@@ -70,7 +78,7 @@ def collect(
     DmixedError
         from the parts, naming the file or partition; or the cluster lost its workers
     """
-    parts = source.parts(spec.columns)
+    parts = source.parts(spec.columns, _key_columns(spec))
     remote = where == "workers"
     if remote:
         _check_remote(spec, client)
@@ -130,12 +138,19 @@ def _layout(
     rows = sum(part.rows or 0 for part in parts)
     sample = pilot
     if source.kind != "dask":
-        names = dict.fromkeys(name for key in spec.keys for name in columns_of(key.node))
-        sample = source.head(tuple(names), SAMPLE_ROWS)
+        sample = source.head(_key_columns(spec), SAMPLE_ROWS)
     elif len(parts) >= MANY_FRAMES:
         rows = len(parts) * each_part(_length, parts[:1], client)[0]
     keys = sample_keys(spec, sample, max(rows, len(sample)))
+    if len(spec.keys) == 1:
+        ranges = [part.ranges.get(spec.keys[0].name) for part in parts]
+        keys = with_ranges(keys, [pair for pair in ranges if pair] if all(ranges) else [])
     return layout(spec, parts, rows, keys, group_bytes(spec, pilot), remote)
+
+
+def _key_columns(spec: DesignSpec) -> tuple[str, ...]:
+    """Data columns of the keys."""
+    return tuple(dict.fromkeys(name for key in spec.keys for name in columns_of(key.node)))
 
 
 def _length(part: Part, value: Any) -> int:

@@ -158,6 +158,17 @@ def test_keys_of_shuffled_clustered_and_few_groups():
     assert planning.keys_of(np.full(3, -1), 10).groups == 0
 
 
+def test_ranges_of_keys():
+    shuffled = planning.Keys(10.0**8, False, 0.0)
+    found = planning.with_ranges(shuffled, [(0, 999)] * 5)
+    assert (found.groups, found.clustered) == (1000, False)
+    found = planning.with_ranges(shuffled, [(0, 999), (1000, 1999), (1999, 3000)])
+    assert (found.groups, found.clustered) == (3001, True)
+    assert planning.with_ranges(shuffled, []) == shuffled
+    assert planning.with_ranges(shuffled, [("a", "b")]) == shuffled
+    assert not planning.with_ranges(shuffled, [(0, 999)]).clustered
+
+
 @pytest.mark.parametrize("rows", [10, 10**5, 10**8, 10**10])
 @pytest.mark.parametrize("groups", [1, 10**4, 10**6, 10**9])
 @pytest.mark.parametrize("clustered", [True, False])
