@@ -75,6 +75,10 @@ class DaskSource:
         """Return None: the row labels are on the cluster."""
         return None
 
+    def selected(self, columns: Sequence[str]) -> dd.DataFrame:
+        """Return the frame with some columns only, read as they are declared."""
+        return self._select(check_columns(columns, self.columns))
+
     def _select(self, names: Sequence[str]) -> dd.DataFrame:
         """Return the frame with some columns only, of which a partition may lack some.
 
