@@ -129,14 +129,30 @@ def _typed(column: pa.ChunkedArray, kind: pa.DataType | None) -> pa.ChunkedArray
 # --------------------------------------------------------------------------- tasks
 
 
-def _node(value: Any, client: Any = None) -> Any:
+class _Alive:
+    """Keeps a future on the cluster for as long as something that will be computed holds this.
+
+    Of a future in a graph Dask keeps no more than the key. It does not travel.
+    """
+
+    def __init__(self, future: Any = None) -> None:
+        self.future = future
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Alive, ()
+
+    def __dask_tokenize__(self) -> str:
+        return str(getattr(self.future, "key", None))
+
+
+def _node(value: Any, client: Any = None) -> tuple[Any, _Alive]:
     """A value as one node of a graph; a large one is sent to the client's cluster at once."""
     if value is None:
-        return None
-    key = f"dmixed-shared-{uuid4().hex}"
+        return None, _Alive()
+    key, future = f"dmixed-shared-{uuid4().hex}", None
     if client is not None and getattr(value, "nbytes", 0) > SENT_AHEAD:
-        value = client.scatter([value], hash=False)[0]
-    return delayed(value, name=key, pure=False, traverse=False)
+        value = future = client.scatter([value], hash=False)[0]
+    return delayed(value, name=key, pure=False, traverse=False), _Alive(future)
 
 
 def _tasks(
@@ -147,23 +163,26 @@ def _tasks(
     client: Any,
 ) -> list[Delayed]:
     """Delayed ``function(job, lookup, part, value, number)`` of every part, in order."""
-    shared, found = (_node(job), _node(lookup, client)), []
+    (same, _), (shared, alive), found = _node(job), _node(lookup, client), []
     for number, part in enumerate(parts):
         frame = part.task if isinstance(part.task, Delayed) else None
         bare = part if frame is None else replace(part, task=None)
-        call = delayed(partial(_called, function, bare, number), pure=False, traverse=False)
-        found.append(call(*shared, frame, dask_key_name=f"dmixed-rows-{uuid4().hex}"))
+        call = partial(_called, function, alive, bare, number)
+        task = delayed(call, pure=False, traverse=False)
+        found.append(task(same, shared, frame, dask_key_name=f"dmixed-rows-{uuid4().hex}"))
     return found
 
 
 def _called(
     function: Callable[[Job, Lookup | None, Part, Any, int], T],
+    alive: _Alive,
     part: Part,
     number: int,
     job: Job,
     lookup: Lookup | None,
     value: Any,
 ) -> T:
+    del alive
     return function(job, lookup, part, value, number)
 
 
@@ -234,8 +253,9 @@ def _of_dask(job: Job, lookup: Lookup | None, source: Any, client: Any) -> Any:
     meta = frame._meta[list(job.carried)].copy()
     for name in job.names or job.predictor.names:
         meta[name] = np.empty(0)
+    (same, _), (shared, alive) = _node(job), _node(lookup, client)
     return frame.map_partitions(
-        _partition, _node(lookup, client), _node(job), part, meta=meta, enforce_metadata=False
+        _partition, shared, same, part, alive, meta=meta, enforce_metadata=False
     )
 
 
@@ -244,9 +264,11 @@ def _partition(
     lookup: Lookup | None,
     job: Job,
     part: Part,
+    alive: _Alive,
     partition_info: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """A partition's columns carried, as they are, and its numbers."""
+    del alive
     number = partition_info.get("number") if partition_info else None
     part = replace(part, name="a partition" if number is None else f"partition {number}")
     found = job.predictor(lookup, load(part, frame), part.name)

@@ -159,8 +159,8 @@ class Predictor:
         found = population
         if self.groups is not None:
             assert lookup is not None
-            columns, present = self._keys(table, where)
-            levels, strange = _levels(lookup, columns, present)
+            columns = self._keys(table, where)
+            levels, present, strange = _levels(lookup, columns)
             used = used & present
             found = population + rows.offset
             for Z, term, level in zip(rows.Z, lookup.terms, levels, strict=True):
@@ -179,8 +179,8 @@ class Predictor:
         errors = None if lookup is None else lookup.errors
         return Predicted(self._with_errors(errors, cells, table, where, rows, found), used, strange)
 
-    def _keys(self, table: pa.Table, where: str) -> tuple[list[pa.ChunkedArray], NDArray[np.bool_]]:
-        """Values of each key, null where they are missing, and rows where none is."""
+    def _keys(self, table: pa.Table, where: str) -> list[pa.ChunkedArray]:
+        """Values of each key, null where they are missing."""
         spec = self.design.spec
         rows, columns = DataRows(table, spec.context, where), []
         assert self.groups is not None
@@ -191,10 +191,7 @@ class Predictor:
                 for missing in (x for x in bad if x is not None):
                     values = pc.if_else(pa.array(missing), None, values)
             columns.append(values)
-        present = np.ones(len(rows), np.bool_)
-        for values, key in zip(columns, spec.keys, strict=True):
-            present &= keys.encode([values], [key.name])[0] >= 0
-        return columns, present
+        return columns
 
     def _with_errors(
         self,
@@ -239,27 +236,26 @@ class Predictor:
 
 
 def _levels(
-    lookup: Lookup, columns: Sequence[pa.ChunkedArray], present: NDArray[np.bool_]
-) -> tuple[list[NDArray[np.int64]], Strange]:
-    """Level (n,) of each row in each term, -1 where it is not known."""
+    lookup: Lookup, columns: Sequence[pa.ChunkedArray]
+) -> tuple[list[NDArray[np.int64]], NDArray[np.bool_], Strange]:
+    """Level (n,) of each row in each term, -1 where it is not known; rows whose keys are there."""
     found: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    present = np.ones(len(columns[0]), np.bool_)
     for term in lookup.terms:
         if term.key not in found:
             names = [lookup.names[k] for k in term.key]
             codes, labels = keys.encode([columns[k] for k in term.key], names)
             found[term.key] = np.append(term.known.find(labels), -1)[codes]
+            present &= codes >= 0
     levels = [found[term.key] for term in lookup.terms]
     unknown = np.any([level < 0 for level in found.values()], axis=0)
     if not unknown.any():
-        return levels, Strange()
+        return levels, present, Strange()
     row = int(np.argmax(unknown))
     key = next(key for key, level in found.items() if level[row] < 0)
-    values = [columns[k][row].as_py() for k in key]
-    shown = ", ".join(
-        f"{lookup.names[k]}={value!r}" if present[row] else f"{lookup.names[k]} missing ({value!r})"
-        for k, value in zip(key, values, strict=True)
-    )
-    return levels, Strange(int(unknown.sum()), shown)
+    shown = ", ".join(f"{lookup.names[k]}={columns[k][row].as_py()!r}" for k in key)
+    shown += "" if present[row] else " (missing)"
+    return levels, present, Strange(int(unknown.sum()), shown)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
