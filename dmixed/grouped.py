@@ -95,6 +95,8 @@ class Grouped(Tested):
                 columns: dict[str, str] = {}
                 for number, (label, table) in enumerate(tables.items()):
                     folder = "" if len(tables) == 1 else f"{number:02d}-{_plain_name(label)}/"
+                    if folder:
+                        place.make_folder(folder)
                     for i, start in enumerate(range(0, len(table), FILE_ROWS)):
                         some = table.slice(start, FILE_ROWS)
                         files.append(place.write(folder + part_name(i), some))

@@ -256,7 +256,7 @@ def effects_by_level(prepared: Prepared, modes: Sequence[Floats]) -> list[Floats
     return found
 
 
-def make_lookup(prepared: Prepared, modes: Sequence[Floats], errors: Errors | None) -> Lookup:
+def make_lookup(prepared: Prepared, modes: Sequence[Floats]) -> Lookup:
     """Lookup of the groups whose moments a model has."""
     by_level = effects_by_level(prepared, modes)
     known: dict[tuple[int, ...], Known] = {}
@@ -265,7 +265,7 @@ def make_lookup(prepared: Prepared, modes: Sequence[Floats], errors: Errors | No
         key = prepared.terms[i].key
         labels = known.setdefault(key, Known(prepared.levels[i]))
         terms.append(TermEffects(key, labels, by_level[i]))
-    return Lookup(prepared.moments.labels.names, tuple(terms), errors)
+    return Lookup(prepared.moments.labels.names, tuple(terms))
 
 
 def design_order(prepared: Prepared) -> list[int]:
@@ -297,14 +297,32 @@ def make_errors(prepared: Prepared, root: Floats, sigma2: float, Psi: Floats) ->
             "standard errors of predictions need the covariances of all crossed levels with each "
             f"other, {err.numbers:,} numbers: too many; predict without se= and interval="
         ) from None
-    where, order = columns_of_terms(problem), design_order(prepared)
-    prior = np.zeros(found.cov.shape[1:])
-    for term, own in zip(problem.terms, where, strict=True):
-        block = Psi[(problem.factors.blocks.slices[term.block],) * 2]
-        prior[own, own] = block[0, 0] * np.eye(own.stop - own.start) if term.repeated else block
-    columns = [j for i in order for j in range(where[i].start, where[i].stop)]
+    columns = _design_columns(prepared)
     cov, slope = found.cov, found.slope
     if columns != sorted(columns):
         cov, slope = cov[:, columns][:, :, columns], slope[:, columns]
-    labels = Known(prepared.moments.labels)
-    return Errors(labels, cov, slope, sigma2 * prior[np.ix_(columns, columns)])
+    labels, prior = Known(prepared.moments.labels), prior_covariance(prepared, sigma2, Psi)
+    return Errors(labels, cov, slope, prior)
+
+
+def _design_columns(prepared: Prepared) -> list[int]:
+    """Random columns in the order of the design, as numbered in ``problem.terms``."""
+    where = columns_of_terms(prepared.problem)
+    return [j for i in design_order(prepared) for j in range(where[i].start, where[i].stop)]
+
+
+def prior_covariance(prepared: Prepared, sigma2: float, Psi: Floats) -> Floats:
+    """(c, c): covariance of the effects that rows of new groups have, in the design's order.
+
+    Parameters
+    ----------
+    Psi
+        (q, q) relative covariance, user units
+    """
+    problem = prepared.problem
+    where, columns = columns_of_terms(problem), _design_columns(prepared)
+    prior = np.zeros((len(columns), len(columns)))
+    for term, own in zip(problem.terms, where, strict=True):
+        block = Psi[(problem.factors.blocks.slices[term.block],) * 2]
+        prior[own, own] = block[0, 0] * np.eye(own.stop - own.start) if term.repeated else block
+    return np.asarray(sigma2 * prior[np.ix_(columns, columns)])

@@ -17,7 +17,7 @@ from dmixed.errors import DataError, NotSupportedError
 from dmixed.executor import running
 from dmixed.formula.expressions import Name
 from dmixed.grouped import Grouped
-from dmixed.lookup import Errors, Lookup, make_errors, make_lookup
+from dmixed.lookup import Errors, Lookup, make_errors, make_lookup, prior_covariance
 from dmixed.predictor import Predictor
 from dmixed.sources import Source, open_source
 from dmixed.sources.daskframe import DaskSource
@@ -62,13 +62,18 @@ class Predicted(Grouped):
         return self._source
 
     @cached_property
+    def _effects_by_level(self) -> Lookup:
+        return make_lookup(self._prepared, self._modes)
+
+    @cached_property
     def _errors(self) -> Errors:
         found = self._estimates
         return make_errors(self._prepared, found.root, found.sigma2, found.variances.Psi)
 
     def _lookup(self, errors: bool) -> Lookup:
         """Random effects by level, with what standard errors need if it is asked for."""
-        return make_lookup(self._prepared, self._modes, self._errors if errors else None)
+        found = self._effects_by_level
+        return replace(found, errors=self._errors) if errors else found
 
     def _predictor(self, groups: Any) -> Predictor:
         """What predicts rows, with the random effects of their groups or without."""
@@ -176,8 +181,9 @@ class Predicted(Grouped):
             return prediction.fixed_part(data, self._estimates.beta, self._fixed_names)
         source, options = self._data(data, out, storage_options)
         predictor = self._wanted(groups, new_groups, se, interval, alpha, source)
-        errors = predictor.cov_beta is not None and predictor.bars
-        lookup = self._lookup(errors) if errors or predictor.groups is not None else None
+        lookup = None
+        if predictor.groups is not None:
+            lookup = self._lookup(predictor.cov_beta is not None)
         client = running(self._client)
         if out is not None:
             carried = outputs.key_columns(predictor, source.columns)
@@ -211,10 +217,12 @@ class Predicted(Grouped):
         weights = self._prepared.design.spec.weights
         if interval != "prediction" or weights not in source.columns:
             weights = None
+        found = self._estimates
         return replace(
             predictor,
-            cov_beta=np.nan_to_num(self._estimates.cov_beta),  # an effect that was held
-            sigma2=self._estimates.sigma2,
+            cov_beta=np.nan_to_num(found.cov_beta),  # an effect that was held
+            sigma2=found.sigma2,
+            prior=prior_covariance(self._prepared, found.sigma2, found.variances.Psi),
             new_groups=new_groups,
             se=bool(se),
             interval=interval,

@@ -93,6 +93,8 @@ class Predictor:
         normal quantile of the interval
     weights
         data column of weights, or None
+    prior
+        (c, c) covariance of the effects of a new group, for a new row of the population
     augment
         response, fitted values, residuals and population values instead
     """
@@ -108,6 +110,7 @@ class Predictor:
     interval: str | None = None
     half: float = 0.0
     weights: str | None = None
+    prior: Floats | None = None
     augment: bool = False
 
     @property
@@ -204,21 +207,21 @@ class Predictor:
     ) -> Floats:
         """Predictions, standard errors and limits."""
         assert self.cov_beta is not None
-        X, prior = rows.X[:, list(self.kept)], None
+        X = rows.X[:, list(self.kept)]
         if cells is not None:
             assert errors is not None
             variance = cells.variances(errors, self.cov_beta, X, np.hstack(rows.Z))
         else:
             variance = np.einsum("np,np->n", X @ self.cov_beta, X)
-            prior = None if errors is None else errors.prior
         variance = np.where(np.isnan(found), np.nan, np.maximum(variance, 0.0))
         out = [found]
         if self.se:
             out.append(np.sqrt(variance))
         if self.interval == "prediction":
-            if prior is not None:  # a new row of the population is one of a new group
+            if cells is None:  # a new row of the population is one of a new group
+                assert self.prior is not None
                 Z = np.hstack(rows.Z)
-                variance = variance + np.einsum("nc,nc->n", Z @ prior, Z)
+                variance = variance + np.einsum("nc,nc->n", Z @ self.prior, Z)
             variance = variance + self.sigma2 / self._weights(table, where)
         if self.interval is not None:
             half = self.half * np.sqrt(variance)

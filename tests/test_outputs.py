@@ -180,7 +180,7 @@ def test_crossed_levels_never_seen_together(data):
     blups = result.ranef()
     want = result.fe_params["Intercept"] + blups["g"].loc["g1"].item() + blups["h"].loc[0].item()
     assert result.predict(row, groups=True).item() == pytest.approx(want, rel=1e-12)
-    with pytest.raises(NotSupportedError, match="g='g1', h=0.*not together"):
+    with pytest.raises(NotSupportedError, match=r"g='g1', h=0.*not together"):
         result.predict(row, groups=True, se=True)
 
 
@@ -588,9 +588,9 @@ def test_files_on_an_object_store(one, data):
         rows = pa.concat_tables([p.task() for p in source.parts(source.columns)]).to_pandas()
         assert_augmented(rows.set_axis(data.index), one, data)
         with pytest.raises(DataError, match="not empty"):
-            one.predict(out, out=out, storage_options=options)
+            one.predict(frame, out=out, storage_options=options)
+        bad = frame.assign(f="unseen")
         with pytest.raises(DataError, match="unseen"):
-            bad = frame.assign(f="unseen")
             one.predict(bad, out="s3://lake/other", storage_options=options)
         assert not fs.exists("lake/other")
         with pytest.raises(DataError, match="cannot write to s3://nowhere/x") as error:
