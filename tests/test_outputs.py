@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster
 from scipy.linalg import block_diag
+from typer.testing import CliRunner
 
 import dmixed
-from dmixed import grouped, keys, outputs
+from dmixed import cli, grouped, keys, outputs
 from dmixed.errors import DataError, NotSupportedError
 from dmixed.lookup import Errors, Known, Lookup, TermEffects
 
@@ -650,6 +651,43 @@ def test_tables_of_bars_and_components(data):
         assert table["effect"].tolist() == own.index.get_level_values(1).tolist()
     sizes = data.groupby(["g", "h"]).size()
     assert sorted(tables["h"]["rows"]) == sorted(sizes)
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def test_the_command_predicts(data, tmp_path):
+    rows, place = tmp_path / "rows.parquet", tmp_path / "predicted"
+    data.to_parquet(rows)
+    new = tmp_path / "new.parquet"
+    new_rows().to_parquet(new)
+
+    def run(*arguments):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments], prog_name="dmixed")
+
+    formula = "y ~ x + f + (1 + x | g)"
+    fitted = run("fit", "--data", rows, "--formula", formula, "--save", tmp_path / "fit")
+    assert fitted.exit_code == cli.Status.FITTED
+    told = ("predict", "--model", tmp_path / "fit", "--data", new)
+    found = run(*told, "--out", place, "--se", "--interval", "prediction", "--alpha", 0.1)
+    assert found.exit_code == cli.Status.FITTED
+    assert found.output == ""
+    want = dmixed.lmer(formula, data).predict(
+        new_rows(), groups=True, se=True, interval="prediction", alpha=0.1
+    )
+    table = read(place)[0]
+    assert list(table) == ["g", *want]
+    assert np.allclose(table[list(want)], want, rtol=1e-8, equal_nan=True)
+    for arguments, message in (
+        ((*told, "--out", place), "not empty"),
+        ((*told, "--out", tmp_path / "x", "--new-groups", "error"), "2 rows are of groups"),
+        (("fit", "--data", rows, "--formula", formula, "--save", place), "--save"),
+    ):
+        failed = run(*arguments)
+        assert failed.exit_code == cli.Status.ERROR
+        assert len(failed.stderr.splitlines()) == 1
+        assert message in failed.stderr
+    assert not (tmp_path / "x").exists()
 
 
 # --------------------------------------------------------------------------- a cluster
