@@ -713,3 +713,11 @@ def test_on_a_cluster(one, nested, data, tmp_path, monkeypatch):
                 one.predict(frame.assign(g="nobody"), groups=True, new_groups="error",
                             out=tmp_path / "none")  # fmt: skip
             assert not (tmp_path / "none").exists()
+        nested.save(tmp_path / "fit")
+        data.to_parquet(tmp_path / "rows.parquet")
+        told = ["predict", "--model", tmp_path / "fit", "--data", tmp_path / "rows.parquet"]
+        told += ["--out", tmp_path / "told", "--se", "--scheduler", cluster.scheduler_address]
+        done = CliRunner().invoke(cli.app, [str(x) for x in told])
+        assert done.exit_code == cli.Status.FITTED, done.output
+        found = read(tmp_path / "told")[0][["predicted", "se"]]
+        assert np.allclose(found, want, rtol=0, atol=1e-10)
