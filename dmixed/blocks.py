@@ -92,9 +92,11 @@ class DesignBlock:
     cells
         int32 arrays (n,): the code of the cell each row falls in, one array per set of factors
     group, n_groups
-        int32 (n,): codes 0..n_groups-1 of the batch's own groups
+        int32 (n,): which of ``n_groups`` groups each row belongs to; some may have no row here
     weights
         (n,) positive, or None
+    references
+        take sums about a row of each group, see `references`
     """
 
     columns: tuple[Column, ...]
@@ -106,6 +108,7 @@ class DesignBlock:
     group: Codes
     n_groups: int
     weights: Floats | None
+    references: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.group)

@@ -6,6 +6,7 @@ Exit status: 0 fitted, 1 error, 2 wrong usage, 3 did not converge.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -20,13 +21,11 @@ from typing import Annotated, Any, NoReturn
 
 import pandas as pd
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import dmixed
 from dmixed import example
 from dmixed.errors import ConvergenceWarning, DmixedError
-from dmixed.optimizer import SCIPY_METHODS, Step
+from dmixed.optimizer import SCIPY_METHODS
 from dmixed.records import check_free, new_directory
 from dmixed.results import MixedLMResults
 
@@ -66,6 +65,28 @@ Out = Annotated[
         metavar="DIR",
         help=f"Write {RESULT} and {RANDOM_EFFECTS} to this new or empty local directory; "
         "nothing is written unless the fit converges.",
+    ),
+]
+
+Shown = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Show progress on stderr, as lines where it is no terminal; by default only on a "
+        "terminal, and if the fit takes more than 2 seconds.",
+        show_default=False,
+    ),
+]
+
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        metavar="",
+        help="Log to stderr what is done; twice: each evaluation too.",
+        show_default=False,
     ),
 ]
 
@@ -157,6 +178,8 @@ def fit(
             help="Save the fit to this new or empty local directory, for dmixed predict.",
         ),
     ] = None,
+    progress: Shown = None,
+    verbose: Verbose = 0,
 ) -> None:
     """Fit a model to Parquet data and print its summary."""
     if method is not None and method not in SCIPY_METHODS:
@@ -164,7 +187,7 @@ def fit(
             f"{method!r} is not one of {', '.join(SCIPY_METHODS)}", param_hint="--method"
         )
 
-    def call(**watch: Any) -> MixedLMResults:
+    def call() -> MixedLMResults:
         with _client(scheduler) as client:
             return dmixed.lmer(
                 formula,
@@ -175,13 +198,14 @@ def fit(
                 missing=missing.value,
                 client=client,
                 method=method,
-                **watch,
+                progress=progress,
             )
 
     if save is not None:
         with _errors_in_one_line():
             check_free(Path(save).resolve(), f"--save {save}")
-    result = _run(call, out)
+    with _log(verbose):
+        result = _run(call, out)
     typer.echo(result.summary())
     _finish(result, out)
     if save is not None:
@@ -261,9 +285,9 @@ def predict(
 def demo(out: Out = None) -> None:
     """Fit 7,185 pupils in 160 schools (bundled data) and explain what one sees."""
 
-    def call(**watch: Any) -> MixedLMResults:
+    def call() -> MixedLMResults:
         with example.data() as path:
-            return dmixed.lmer(example.FORMULA, path, **watch)
+            return dmixed.lmer(example.FORMULA, path)
 
     result = _run(call, out)
     typer.echo(example.QUESTION)
@@ -275,14 +299,14 @@ def demo(out: Out = None) -> None:
 # --------------------------------------------------------------------------- running a fit
 
 
-def _run(call: Callable[..., MixedLMResults], out: str | None) -> MixedLMResults:
-    """Result of a fit watched on a terminal; any error ends the program with one line."""
+def _run(call: Callable[[], MixedLMResults], out: str | None) -> MixedLMResults:
+    """Result of a fit; any error ends the program with one line."""
     if out is not None:
         _check_out(out)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore", ConvergenceWarning)  # told by the exit status
-        with _errors_in_one_line(), _watch() as watch:
-            result = call(**watch)
+        with _errors_in_one_line():
+            result = call()
     for warning in caught:
         _say(f"warning: {warning.message}")
     return result
@@ -319,26 +343,34 @@ def _client(address: str | None) -> Iterator[Any]:
         yield client
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    """Lines of the log on whatever stderr is at the time: a live view prints them above itself."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
 @contextmanager
-def _watch() -> Iterator[dict[str, Any]]:
-    """Arguments of `lmer` that show progress on a terminal; none elsewhere."""
-    if not sys.stderr.isatty():
-        yield {}
+def _log(verbose: int) -> Iterator[None]:
+    """The library's log on stderr: with 1 what was done, with 2 each evaluation too."""
+    if not verbose:
+        yield
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        rows = shown.add_task("reading", total=None)
-        steps = shown.add_task("optimising", total=None, visible=False)
-
-        def progress(stage: str, done: int, total: int | None) -> None:
-            del stage
-            shown.update(rows, completed=done, total=total)
-
-        def callback(number: int, step: Step) -> None:
-            description = f"evaluation {number}: criterion {step.value:.6f}"
-            shown.update(steps, description=description, visible=True)
-
-        yield {"progress": progress, "callback": callback}
+    logger = logging.getLogger("dmixed")
+    handler, before = _Stderr(), logger.level
+    handler.setFormatter(logging.Formatter("%(asctime)s dmixed: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _say(message: str) -> None:

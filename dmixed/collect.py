@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmixed import keys
 from dmixed.design import Batch, Design, DesignSpec, FactorLevels, block, learn, merge_levels
 from dmixed.errors import DataError
+from dmixed.hashing import label_hashes
+from dmixed.index import LabelIndex
 from dmixed.moments import Accumulator, GroupMoments, combine
 from dmixed.sources import Part, load
+
+SUMS = 4
+"""Sets of columns, as batches with other levels have them, that are summed side by side."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,11 +57,15 @@ class Moments:
     @property
     def design(self) -> Design:
         """Names and coding of all columns, learned over all rows."""
-        return learn(self.spec, self.levels, self.group.columns, self.group.plain, self.nobs)
+        return learn(self.spec, self.levels, self.group.columns, self.group.unweighted, self.nobs)
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets of rows; cells are aligned by label, columns by name."""
         return merge([self, other]) if isinstance(other, Moments) else NotImplemented
+
+    def take(self, cells: NDArray[np.intp]) -> Moments:
+        """Some of the cells; the sums over all rows stay as they are."""
+        return replace(self, labels=self.labels.take(cells), group=self.group.take(cells))
 
     def __radd__(self, other: int) -> Moments:
         """``0 + moments``, with which ``sum`` begins."""
@@ -63,7 +73,11 @@ class Moments:
 
 
 def parts_moments(
-    spec: DesignSpec, parts: Sequence[tuple[Part, int]], value: Any = None
+    spec: DesignSpec,
+    parts: Sequence[tuple[Part, int]],
+    value: Any = None,
+    expected: int = 0,
+    told: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """Moments of some parts of a source, read one after the other into one state.
 
@@ -73,46 +87,88 @@ def parts_moments(
         each with the number of its first row
     value
         the frame, if Dask made it (then there is one part)
+    expected
+        cells for which there is room from the start
+    told
+        called with the rows and bytes of each part when it has been added
     """
-    finished: list[Moments] = []
-    state: _State | None = None
+    state = _State(spec, expected)
     for part, row0 in parts:
-        batch = block(spec, load(part, value), row0, part.name)
-        if state is not None and not state.sums.fits(batch.block):  # other levels: other columns
-            finished.append(state.moments(spec))
-            state = None
-        if state is None:
-            state = _State(batch)
-        state.add(batch)
-    assert state is not None
-    return merge([*finished, state.moments(spec)])
+        table = load(part, value)
+        state.add(block(spec, table, row0, part.name, state.index))
+        if told is not None:
+            told(len(table), table.nbytes)
+    return state.moments()
 
 
 class _State:
-    """Moments under way: sums, and the labels of the cells met so far."""
+    """Moments under way: sums, and an index of the cells met so far.
 
-    def __init__(self, batch: Batch) -> None:
-        self.sums = Accumulator(batch.block)
-        self.labels: keys.Labels | None = None
+    Batches in which other levels of a factor occur have other columns, and sums of their own.
+    """
+
+    def __init__(self, spec: DesignSpec, expected: int) -> None:
+        self.spec, self.expected = spec, expected
+        self.index = LabelIndex(spec.group)
+        self.sums: list[Accumulator] = []
+        self.finished: list[GroupMoments] = []
         self.levels: dict[str, FactorLevels] = {}
         self.dropped: dict[str, int] = {}
 
     def add(self, batch: Batch) -> None:
-        """Add a batch whose columns fit."""
-        if self.labels is None:
-            self.labels, positions = batch.labels, np.arange(len(batch.labels))
-        else:
-            # the union starts with the labels already held, so their positions stay
-            self.labels, (_, positions) = keys.align([self.labels, batch.labels])
-        self.sums.add(batch.block, positions, len(self.labels))
+        """Add a batch, whose groups are numbered by the index."""
+        sums = next((s for s in self.sums if s.fits(batch.block)), None)
+        if sums is None:
+            if len(self.sums) == SUMS:
+                self.finished = [self._sum()]
+                self.sums = []
+            sums = Accumulator(batch.block, self.expected)
+            self.sums.append(sums)
+        sums.add(batch.block)
         self.levels = _merged_levels([self.levels or batch.levels, batch.levels])
         self.dropped = _added([self.dropped, batch.dropped])
 
-    def moments(self, spec: DesignSpec) -> Moments:
+    def _sum(self) -> GroupMoments:
+        """All sums so far; numbers of groups are those of the index."""
+        parts = [*self.finished, *(sums.moments() for sums in self.sums)]
+        if len(parts) == 1 and parts[0].n_groups == len(self.index):
+            return parts[0]
+        return combine(parts, [np.arange(part.n_groups) for part in parts], len(self.index))
+
+    def moments(self) -> Moments:
         """What was added."""
-        assert self.labels is not None
-        group = self.sums.moments(len(self.labels))
-        return Moments(spec, self.levels, self.labels, group, self.dropped)
+        found = Moments(self.spec, self.levels, self.index.labels, self._sum(), self.dropped)
+        used = found.group.counts > 0  # not so where every row of a cell was dropped
+        return found if used.all() else found.take(np.flatnonzero(used))
+
+
+def split(moments: Moments, shards: int) -> list[Moments]:
+    """Shards by a stable hash of the labels (a power of two of them); the first has the totals."""
+    shard = (label_hashes(moments.labels) >> np.uint64(65 - shards.bit_length())).astype(np.uint16)
+    order = np.argsort(shard, kind="stable")
+    ends = np.cumsum(np.bincount(shard, minlength=shards))
+    whole = [moments.take(own) for own in np.split(order, ends[:-1])]
+    return [whole[0], *(_without_totals(part) for part in whole[1:])]
+
+
+def _without_totals(moments: Moments) -> Moments:
+    """The same cells, but zero in place of the sums over all rows."""
+    group = moments.group
+    nothing = np.zeros_like(group.FtF)
+    plain = nothing if group.plain is group.FtF else np.zeros_like(group.plain)
+    group = replace(group, FtF=nothing, plain=plain, log_weights=0.0)
+    return replace(moments, group=group, dropped={})
+
+
+def join(shards: Sequence[Moments]) -> Moments:
+    """Shards side by side again: their cells are disjoint."""
+    sizes = [len(shard.labels) for shard in shards]
+    ends = np.cumsum(sizes).tolist()
+    cells = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    labels = keys.concatenate([shard.labels for shard in shards])
+    group = combine([shard.group for shard in shards], cells, ends[-1])
+    levels = _merged_levels([shard.levels for shard in shards])
+    return Moments(shards[0].spec, levels, labels, group, _added([s.dropped for s in shards]))
 
 
 def _merged_levels(parts: Sequence[Mapping[str, FactorLevels]]) -> dict[str, FactorLevels]:
@@ -144,7 +200,10 @@ def merge(parts: Sequence[Moments]) -> Moments:
                 "these moments are of different models and cannot be added: "
                 f"{first.spec.formula.text!r} and {other.spec.formula.text!r}"
             )
-    labels, positions = keys.align([part.labels for part in parts])
+    index = LabelIndex(first.labels.names, first.labels)
+    positions = [np.arange(len(first.labels))]
+    positions += [index.encode(part.labels.arrays).astype(np.intp) for part in parts[1:]]
+    labels = index.labels
     group = combine([part.group for part in parts], positions, len(labels))
     levels = _merged_levels([part.levels for part in parts])
     dropped = _added([part.dropped for part in parts])

@@ -134,6 +134,28 @@ def _finest_cells(columns: Sequence[Column], coefficients: Floats) -> Floats:
     factor; written so, ``0 + f + x`` finds that the shift of x lies in the span of f.
     """
     T = coefficients.copy()
+    for j, inside in _cells_of(columns):
+        T[inside] += T[j]
+        T[j] = 0.0
+    return T
+
+
+def coarsest_cells(columns: Sequence[Column], coefficients: Floats) -> Floats:
+    """The same columns again, with what all cells of a column have in common in that column.
+
+    The constant is written as such, not as a sum of indicators, and cancels within groups exactly.
+    """
+    T = coefficients.copy()
+    for j, inside in reversed(_cells_of(columns)):
+        common = T[inside].mean(axis=0)
+        T[inside] -= common
+        T[j] += common
+    return T
+
+
+def _cells_of(columns: Sequence[Column]) -> list[tuple[int, list[int]]]:
+    """Columns that are sums of others, and which: coarse ones first."""
+    found = []
     names = [frozenset(factor for factor, _ in column.cell) for column in columns]
     order = sorted(range(len(columns)), key=lambda j: len(names[j]))
     for j in order:
@@ -142,11 +164,9 @@ def _finest_cells(columns: Sequence[Column], coefficients: Floats) -> Floats:
             for i in range(len(columns))
             if names[i] > names[j] and columns[i].powers == columns[j].powers
         ]
-        if not finer or not T[j].any():
+        if not finer:
             continue
         chosen = min((names[i] for i in finer), key=lambda s: (len(s), sorted(s)))
         cell = set(columns[j].cell)
-        inside = [i for i in finer if names[i] == chosen and cell <= set(columns[i].cell)]
-        T[inside] += T[j]
-        T[j] = 0.0
-    return T
+        found.append((j, [i for i in finer if names[i] == chosen and cell <= set(columns[i].cell)]))
+    return found

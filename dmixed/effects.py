@@ -105,7 +105,7 @@ class Effects:
         times = term.T.shape[1] if term.repeated else 1
         there = np.ones((term.n_levels, times), np.bool_)
         own = [j for j, name in enumerate(design.names) if name.strip("`").startswith(VC_COLUMN)]
-        moments, used = self.prepared.moments.group, term.codes >= 0
+        moments, used = self.prepared.moments.group.absolute, term.codes >= 0
         for j in own if term.repeated else ():
             w = term.T[list(moments.random), j]
             square = np.einsum("a,nab,b->n", w, moments.WtF[:, :, list(moments.random)], w)

@@ -9,41 +9,52 @@ terms in order.
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
-from operator import add
+from operator import add, getitem
 from threading import Lock
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import dask
-from dask.callbacks import Callback
+import pyarrow as pa
 from dask.delayed import Delayed, delayed
 from threadpoolctl import ThreadpoolController
 
 from dmixed.blocks import Floats
-from dmixed.collect import Moments, merge, parts_moments
+from dmixed.collect import Moments, join, merge, parts_moments, split
 from dmixed.design import DesignSpec
 from dmixed.errors import DmixedError
 from dmixed.factors import Factors
+from dmixed.formula.expressions import columns_of
 from dmixed.likelihood import profile_terms
 from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS
-from dmixed.sources import Part, Source
+from dmixed.planning import SAMPLE_ROWS, Layout, group_bytes, layout, sample_keys
+from dmixed.progress import Report
+from dmixed.sources import Part, Source, load
 from dmixed.terms import ProfileTerms
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int | None], None]
-"""Called with a stage ("pass", "fit"), how much is done, and of how much (None: unknown)."""
-
-TASKS, TASK_ROWS = 8, 64_000_000
-"""The pass has `TASKS` tasks for every `TASK_ROWS` rows."""
-
 SPLIT_EVERY = 4
 """States added by one task of the tree."""
+
+MANY_FRAMES = 32
+"""Dask partitions from which one is counted to estimate the rows of all."""
+
+MOMENTS = "dmixed-moments"
+"""Name of the tasks of a pass in Dask's dashboard."""
+
+PIECE = "split-stage"
+"""Name of the tasks that take a shard of a state: one that distributed knows to be short.
+
+Tasks of unknown length are moved to idle workers, and here the whole state with them.
+"""
+
+POLL = 0.5
+"""Seconds after which a pass looks whether it is to be stopped."""
 
 RETRIES = 3
 """Times that a cluster repeats a task that failed for reasons of its own."""
@@ -116,46 +127,122 @@ def running(client: Any) -> Any:
 
 
 def collect(
-    spec: DesignSpec, source: Source, client: Any = None, progress: Progress | None = None
+    spec: DesignSpec,
+    source: Source,
+    pilot: pa.Table,
+    client: Any = None,
+    report: Report | None = None,
 ) -> Moments:
     """One pass over the rows of a source.
+
+    Parameters
+    ----------
+    pilot
+        some rows with the columns of the spec
 
     Raises
     ------
     DmixedError
-        from the parts, naming the file or partition
+        from the parts, naming the file or partition; or the cluster lost its workers
     """
     parts = source.parts(spec.columns)
+    plan = _layout(spec, source, parts, pilot, client)
     numbered = list(zip(parts, _starts(parts), strict=True))
-    tasks = [_moments_task(spec, numbered[run.start : run.stop]) for run in _runs(parts)]
-    return compute(_tree(tasks), client, progress, len(tasks))
+    with _told(report, len(parts), client) as topic:
+        read = partial(_parts_moments, spec, plan.expected, topic)
+        tasks = [_task(read, numbered[run.start : run.stop], MOMENTS) for run in plan.runs]
+        found = compute(_shards(tasks, plan), client, report)
+    return found[0] if len(found) == 1 else join(found)
 
 
-def _moments_task(spec: DesignSpec, parts: Sequence[tuple[Part, int]]) -> Delayed:
-    """Moments of some parts in one task."""
-    return _task(partial(_parts_moments, spec), parts, "dmixed-moments")
+def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
+    """The sum of all states, shard by shard."""
+    if plan.shards == 1:
+        return [_tree(tasks)]
+    states = [_tree(tasks[i : i + plan.bunch]) for i in range(0, len(tasks), plan.bunch)]
+    divided = [
+        delayed(split, pure=False)(state, plan.shards, dask_key_name=_key("dmixed-split"))
+        for state in states
+    ]
+    return [_tree([_piece(state, s) for state in divided]) for s in range(plan.shards)]
+
+
+def _layout(
+    spec: DesignSpec, source: Source, parts: Sequence[Part], pilot: pa.Table, client: Any
+) -> Layout:
+    """How to divide the pass; from metadata, a sample of keys, and the pilot's columns."""
+    rows = sum(part.rows or 0 for part in parts)
+    sample = pilot
+    if source.kind != "dask":
+        names = dict.fromkeys(name for key in spec.keys for name in columns_of(key.node))
+        sample = source.head(tuple(names), SAMPLE_ROWS)
+    elif len(parts) >= MANY_FRAMES:
+        rows = len(parts) * each_part(_length, parts[:1], client)[0]
+    keys = sample_keys(spec, sample, max(rows, len(sample)))
+    return layout(spec, parts, rows, keys, group_bytes(spec, pilot))
+
+
+def _length(part: Part, value: Any) -> int:
+    return len(load(part, value))
+
+
+def _piece(state: Delayed, shard: int) -> Delayed:
+    return delayed(getitem, pure=False)(state, shard, dask_key_name=_key(PIECE))
+
+
+def _key(name: str) -> str:
+    return f"{name}-{uuid4().hex}"
 
 
 @one_blas_thread
 def _parts_moments(
-    spec: DesignSpec, parts: Sequence[tuple[Part, int]], value: Any = None
+    spec: DesignSpec,
+    expected: int,
+    topic: str | None,
+    parts: Sequence[tuple[Part, int]],
+    value: Any = None,
 ) -> Moments:
-    return parts_moments(spec, parts, value)
+    told = None if topic is None else partial(_tell, topic)
+    return parts_moments(spec, parts, value, expected, told)
 
 
-def _runs(parts: Sequence[Part]) -> list[range]:
-    """Neighbouring parts that one task reads into one state: set by the data alone.
+_REPORTS: dict[str, Report] = {}
+"""Reports of passes that go on in this process, by topic."""
 
-    Eight tasks for every 64 million rows. Frames that Dask makes come one at a time: a task
-    would hold all those it waits for.
-    """
-    n = len(parts)
-    rows = sum(part.rows or 0 for part in parts)
-    tasks = min(n, TASKS * max(1, math.ceil(rows / TASK_ROWS)))
-    if any(isinstance(part.task, Delayed) for part in parts):
-        tasks = n
-    ends = [round(n * (i + 1) / tasks) for i in range(tasks)]
-    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+def _tell(topic: str, rows: int, nbytes: int) -> None:
+    """Tell the report of a pass that a part has been read, from wherever this runs."""
+    report = _REPORTS.get(topic)
+    if report is not None:
+        report.task(rows, nbytes)
+        return
+    from distributed import get_worker
+
+    get_worker().log_event(topic, {"rows": rows, "bytes": nbytes})
+
+
+@contextlib.contextmanager
+def _told(report: Report | None, parts: int, client: Any) -> Iterator[str | None]:
+    """Topic on which the parts of a pass are told to a report; None if nobody listens."""
+    if report is None or not report.heard:
+        yield None
+        return
+    topic = _key("dmixed")
+    report.stage("pass", parts)
+
+    def event(message: tuple[float, dict[str, int]]) -> None:
+        if topic in _REPORTS:  # events may come late
+            report.task(message[1]["rows"], message[1]["bytes"])
+
+    _REPORTS[topic] = report
+    try:
+        if client is not None:
+            client.subscribe_topic(topic, event)
+        yield topic
+    finally:
+        del _REPORTS[topic]
+        if client is not None and client.status == "running":
+            client.unsubscribe_topic(topic)
 
 
 def each_part(
@@ -163,7 +250,7 @@ def each_part(
 ) -> list[T]:
     """``function(part, value)`` of every part, in order; ``value`` is Dask's frame if any."""
     tasks = [_task(partial(_one, function), [(part, 0)], "dmixed-rows") for part in parts]
-    return list(compute(delayed(list)(tasks), client))
+    return list(compute(tasks, client))
 
 
 def _one(
@@ -183,7 +270,7 @@ def _starts(parts: Sequence[Part]) -> list[int]:
 
 def _task(function: Callable[..., T], parts: Sequence[tuple[Part, int]], name: str) -> Delayed:
     """Delayed ``function(parts)``, or ``function([part], frame)`` where Dask makes the frame."""
-    key = f"{name}-{uuid4().hex}"
+    key = _key(name)
     frame = parts[0][0].task
     if not isinstance(frame, Delayed):
         return delayed(partial(function, parts), pure=False)(dask_key_name=key)
@@ -196,7 +283,7 @@ def _tree(tasks: list[Delayed]) -> Delayed:
     add_up = delayed(_merge_all, pure=False)
     while len(tasks) > 1:
         tasks = [
-            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=f"dmixed-merge-{uuid4().hex}")
+            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=_key("dmixed-merge"))
             for i in range(0, len(tasks), SPLIT_EVERY)
         ]
     return tasks[0]
@@ -207,39 +294,48 @@ def _merge_all(*parts: Moments) -> Moments:
     return merge(parts)
 
 
-class _Counter(Callback):
-    """Tells how many parts of the pass are done, on Dask's local schedulers."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.progress, self.total, self.done = progress, total, 0
-
-    def _posttask(self, key: Any, *_: Any) -> None:
-        if str(key).startswith("dmixed-moments"):
-            self.done += 1
-            self.progress("pass", self.done, self.total)
-
-
 def compute(
-    task: Delayed, client: Any = None, progress: Progress | None = None, total: int = 0
-) -> Any:
-    """Result of a delayed task, on the client's cluster or in threads of this process."""
-    if client is not None:
-        if progress is not None:
-            progress("pass", 0, None)
-        future = client.compute(task, retries=RETRIES)
+    tasks: Sequence[Delayed], client: Any = None, report: Report | None = None
+) -> list[Any]:
+    """Results of delayed tasks, on the client's cluster or in threads of this process."""
+    if client is None:
+        scheduler = dask.config.get("scheduler", None) or "threads"
+        with one_blas_thread:
+            return list(dask.compute(*tasks, scheduler=scheduler))
+    futures = client.compute(list(tasks), retries=RETRIES)
+    try:
+        _wait(client, futures, report)
+        return list(client.gather(futures))
+    except BaseException as error:
+        client.cancel(futures)
+        raise _explained(error) from None
+
+
+def _wait(client: Any, futures: list[Any], report: Report | None) -> None:
+    """Until all are done or one fails, or the listener of the report does."""
+    from distributed import wait
+
+    while True:
         try:
-            result = future.result()
-        except BaseException:
-            future.cancel()
-            raise
-        if progress is not None:
-            progress("pass", total, total)
-        return result
-    watch = contextlib.nullcontext() if progress is None else _Counter(progress, total)
-    scheduler = dask.config.get("scheduler", None) or "threads"
-    with watch, one_blas_thread:
-        return task.compute(scheduler=scheduler)
+            with client.as_current():
+                wait(futures, timeout=POLL)
+            return
+        except TimeoutError:
+            if report is not None:
+                report.check()
+            if any(future.status == "error" for future in futures):
+                return
+
+
+def _explained(error: BaseException) -> BaseException:
+    """What a cluster says of lost workers, in words that help."""
+    if type(error).__name__ != "KilledWorker":
+        return error
+    return DmixedError(
+        "workers of the cluster died again and again while they ran the same task, most likely for "
+        "want of memory: give them more of it or fewer threads each, or write the data in smaller "
+        f"row groups or partitions ({error})"
+    )
 
 
 class Evaluator:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Column, Floats
-from dmixed.coordinates import Basis, Response, working_basis, working_response
+from dmixed.coordinates import Basis, Response, coarsest_cells, working_basis, working_response
 from dmixed.covariance import Blocks
 from dmixed.levels import Cells, Term, buckets
 from dmixed.moments import GroupMoments
@@ -24,6 +24,10 @@ from dmixed.onelevel import OneLevel
 
 PIVOT = 1e-14
 """A pivot below this fraction of the uncentred second moment is a zero row of R (n_g < q)."""
+
+
+NOTHING = 1e-28
+"""What is below this fraction of a sum of squares is none of its digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,10 @@ class Factors:
     nobs
         rows
     stored
-        (k,): diagonal of F'F, the size of what was summed (for the error estimate)
+        (k,): diagonal of F'F, the size of what was summed (for the error estimate): about the
+        references, if there are any
+    total
+        (k,): diagonal of F'F about zero
     log_jacobian
         log|det| of the user's X columns in the working ones
     y_scale
@@ -61,6 +68,7 @@ class Factors:
     rank_random: int
     nobs: int
     stored: Floats
+    total: Floats
     log_jacobian: float
     y_scale: float
     log_weights: float
@@ -68,7 +76,7 @@ class Factors:
     def __post_init__(self) -> None:
         k = len(self.Fw)
         assert self.Fw.shape == self.within.shape == (k, k)
-        assert self.stored.shape == (k,)
+        assert self.stored.shape == self.total.shape == (k,)
 
     @property
     def p(self) -> int:
@@ -78,31 +86,31 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """Factors of the carried columns: R (r, r, G) upper, T (r, k, G), Fw and FtF (k, k)."""
+    """Factors of the carried columns: R (r, r, G) upper, T (r, k, G), Fw (k, k)."""
 
     R: Floats
     T: Floats
     Fw: Floats
-    FtF: Floats
 
 
 def _carried_factors(moments: GroupMoments) -> _Carried:
-    """Centre each group and factor it; the constant is the first random column."""
+    """Centre each group and factor it; the constant is the first random column.
+
+    References cancel where groups are centred; only means know of them.
+    """
     random = list(moments.random)
     r, k, G = len(random), len(moments.columns), moments.n_groups
     WtF = np.ascontiguousarray(np.moveaxis(moments.WtF, 0, -1))  # (r, k, G)
     n = WtF[0, random[0]]  # sum of the weights of each group
     s = WtF[0]
-    mean_w = s[random] / n
     R, T = np.zeros((r, r, G)), np.empty((r, k, G))
     root = np.sqrt(n)
-    R[0] = mean_w * root
-    T[0] = s / root
-    # WtF summed over groups is a block of FtF, but other roundings: where groups are large the
-    # difference is systematic, and would be taken for residual variation.
-    FtF, block = moments.FtF.copy(), WtF.sum(axis=2)
-    FtF[random], FtF[:, random] = block, block.T
-    Fw = FtF - T[0] @ T[0].T
+    sums = s / root
+    T[0] = sums
+    if moments.reference is not None:
+        T[0] += moments.reference.T * root
+    R[0] = T[0, random]
+    Fw = _consistent(moments, WtF.sum(axis=2)) - sums @ sums.T
     for a in range(1, r):
         column = random[a]
         T[a] = WtF[a] - s[column] / n * s
@@ -114,7 +122,25 @@ def _carried_factors(moments: GroupMoments) -> _Carried:
         T[a] *= inverse
         R[a, a:] = T[a, random[a:]]
         Fw -= T[a] @ T[a].T
-    return _Carried(R, T, Fw, FtF)
+    Fw[random] = Fw[:, random] = 0.0  # they are in the span
+    return _Carried(R, T, Fw)
+
+
+def centred_products(moments: GroupMoments) -> Floats:
+    """Cross-products (k, k) of the carried columns within groups."""
+    sums = moments.WtF[:, 0] / np.sqrt(moments.WtF[:, 0, moments.random[0]])[:, None]
+    return np.asarray(moments.FtF - sums.T @ sums)
+
+
+def _consistent(moments: GroupMoments, block: Floats) -> Floats:
+    """FtF with its random rows replaced by the sum of WtF over groups (q, k).
+
+    They are the same but for rounding: where groups are large the difference is systematic, and
+    would be taken for residual variation.
+    """
+    random, FtF = list(moments.random), moments.FtF.copy()
+    FtF[random], FtF[:, random] = block, block.T
+    return FtF
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,22 +199,25 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
     levels.TooManyLevels
         factors are crossed in more levels than dense algebra can take
     """
-    columns, gram = moments.columns, moments.FtF
+    columns, gram = moments.columns, moments.gram
     fixed, Q = working_basis(columns, gram, exog)
     response = working_response(columns, gram, Q, endog)
-    naturals, own = _natural(moments, terms)
-    held = _contained(moments, terms)
+    naturals, own = _natural(moments, gram, terms)
+    held = _contained(moments, gram, terms)
     blocks = Blocks(tuple(len(part) for part in naturals), held)
-    F = np.column_stack([fixed.work, response.work])
+    F = coarsest_cells(columns, np.column_stack([fixed.work, response.work]))
     carried = _carried_factors(moments)
     within = F.T @ carried.Fw @ F
     parts: tuple[OneLevel | Bucket, ...]
-    if _each_for_itself(terms, moments.n_groups):
+    one_level = _each_for_itself(terms, moments.n_groups)
+    if one_level:
         W = np.column_stack([term.T for term in own])[list(moments.random)]
         parts, Fw = (OneLevel(_recoded(carried, W, F)),), within
     else:
-        parts, taken = buckets(blocks, own, _cells(moments, own, F))
-        Fw = F.T @ carried.FtF @ F - taken
+        absolute = moments.absolute
+        parts, taken = buckets(blocks, own, _cells(absolute, own, F))
+        Fw = F.T @ _consistent(absolute, absolute.WtF.sum(axis=0)) @ F - taken
+    total = _diagonal(F, gram)
     factors = Factors(
         blocks=blocks,
         parts=parts,
@@ -196,12 +225,25 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
         within=within,
         rank_random=int(np.count_nonzero(np.einsum("aag->ag", carried.R))),
         nobs=moments.nobs,
-        stored=np.einsum("ij,ik,kj->j", F, gram, F),
+        stored=total if not one_level or moments.reference is None else _summed(moments, F, total),
+        total=total,
         log_jacobian=fixed.log_jacobian,
         y_scale=response.scale,
         log_weights=moments.log_weights,
     )
     return Problem(fixed, response, blocks.join(naturals), own, factors)
+
+
+def _diagonal(F: Floats, gram: Floats) -> Floats:
+    """Diagonal of F'F in working coordinates F (k, p + 1)."""
+    return np.asarray(np.einsum("ij,ik,kj->j", F, gram, F))
+
+
+def _summed(moments: GroupMoments, F: Floats, total: Floats) -> Floats:
+    """Diagonal of F'F about the references, (p + 1,): they have all of the constant."""
+    varying = F.copy()
+    varying[moments.random[0]] = 0.0
+    return np.maximum(_diagonal(varying, moments.FtF), NOTHING * total)
 
 
 def _each_for_itself(terms: Sequence[Term], n_cells: int) -> bool:
@@ -212,7 +254,9 @@ def _each_for_itself(terms: Sequence[Term], n_cells: int) -> bool:
     )
 
 
-def _natural(moments: GroupMoments, terms: Sequence[Term]) -> tuple[list[Floats], tuple[Term, ...]]:
+def _natural(
+    moments: GroupMoments, total: Floats, terms: Sequence[Term]
+) -> tuple[list[Floats], tuple[Term, ...]]:
     """Per block the map to natural coordinates, and the terms in them.
 
     B'B = mean of WtW over the levels: in the basis W B^-1 a relative covariance of I means
@@ -220,7 +264,7 @@ def _natural(moments: GroupMoments, terms: Sequence[Term]) -> tuple[list[Floats]
     """
     rows = list(moments.random)
     columns = [moments.columns[i] for i in rows]
-    gram = moments.FtF[np.ix_(rows, rows)]
+    gram = total[np.ix_(rows, rows)]
     naturals, own = [], []
     for block in dict.fromkeys(term.block for term in terms):
         members = [term for term in terms if term.block == block]
@@ -254,7 +298,7 @@ def _cells(moments: GroupMoments, terms: Sequence[Term], F: Floats) -> Cells:
     return Cells(KtF @ W, KtF @ F)
 
 
-def _contained(moments: GroupMoments, terms: Sequence[Term]) -> tuple[int, ...]:
+def _contained(moments: GroupMoments, total: Floats, terms: Sequence[Term]) -> tuple[int, ...]:
     """Blocks whose columns lie in the span of another's of the same levels; of two the first.
 
     Psi_j + E Psi_i E' is again a covariance of block j, so the likelihood cannot tell the two
@@ -262,7 +306,7 @@ def _contained(moments: GroupMoments, terms: Sequence[Term]) -> tuple[int, ...]:
     """
     rows = list(moments.random)
     columns: list[Column] = [moments.columns[i] for i in rows]
-    gram = moments.FtF[np.ix_(rows, rows)]
+    gram = total[np.ix_(rows, rows)]
     simple = [t for t in terms if not t.repeated]
     held: list[int] = []
     for inner in simple:

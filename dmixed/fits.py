@@ -18,6 +18,7 @@ from dmixed.held import Held, Penalties
 from dmixed.methods import search_methods, settings_of
 from dmixed.optimizer import Step
 from dmixed.params import MixedLMParams
+from dmixed.progress import Progress, Report, open_progress
 from dmixed.regularized import fit_elastic_net
 from dmixed.results import MixedLMResults
 from dmixed.rows import RowsOfModel
@@ -25,6 +26,12 @@ from dmixed.rows import RowsOfModel
 
 class FitsOfModel(RowsOfModel):
     """The fits of a model; none leaves anything behind on it."""
+
+    progress: Progress | bool | None
+
+    def _read(self, report: Report) -> None:
+        """Make the moments that the fits need."""
+        raise NotImplementedError
 
     def fit(
         self,
@@ -39,6 +46,7 @@ class FitsOfModel(RowsOfModel):
         method: str | Sequence[str] | None = None,
         *,
         callback: Callable[[int, Step], None] | None = None,
+        progress: Progress | bool | None = None,
         **fit_kwargs: Any,
     ) -> MixedLMResults:
         """Fit by REML or ML.
@@ -69,6 +77,8 @@ class FitsOfModel(RowsOfModel):
             "basinhopping"); of several the first that converges
         callback
             called with the number and `optimizer.Step` of each evaluation
+        progress
+            see `lmer`; None for what the model was made with
         **fit_kwargs
             ``maxiter``, ``gtol``, ``ftol``, ``tol``, ``eps``, ``maxcor``, ``maxls``, ``disp`` for
             scipy's method
@@ -90,14 +100,19 @@ class FitsOfModel(RowsOfModel):
         if free is not None and not isinstance(free, MixedLMParams):
             raise DataError(f"free must be MixedLMParams of 0 and 1, not {type(free).__name__}")
         settings = settings_of(fit_kwargs, stacklevel=3)
-        start = None if start_params is None else self._start(start_params)
-        found = None
-        for name in search_methods(method):
-            search = Search(name, settings.get(name or "", {}), None, callback)
-            found = self._fit(bool(reml), search, start, free, do_cg, Penalties(fe_pen, cov_pen))
-            if found.summary.converged:
-                break
-        assert found is not None
+        with open_progress(self.progress if progress is None else progress) as report:
+            self._read(report)
+            report.stage("fit")
+            start = None if start_params is None else self._start(start_params)
+            penalties, watch = Penalties(fe_pen, cov_pen), report.watch(callback)
+            found = None
+            for name in search_methods(method):
+                search = Search(name, settings.get(name or "", {}), None, watch)
+                found = self._fit(bool(reml), search, start, free, do_cg, penalties)
+                if found.summary.converged:
+                    break
+            assert found is not None
+            report.fitted(found.summary)
         given = {
             "fe_pen": fe_pen,
             "cov_pen": cov_pen,

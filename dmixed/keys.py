@@ -55,6 +55,10 @@ class Labels:
         """Labels at these positions, in this order."""
         return Labels(self.names, tuple(a.take(pa.array(positions)) for a in self.arrays))
 
+    def first(self, n: int) -> Labels:
+        """The first n labels."""
+        return Labels(self.names, tuple(a.slice(0, n) for a in self.arrays))
+
 
 def encode(
     columns: Sequence[pa.ChunkedArray | pa.Array], names: Sequence[str]
@@ -82,7 +86,7 @@ def encode(
         fraction
     """
     return _encode(
-        [_counted(c) or _hashed(c, x) for c, x in zip(columns, names, strict=True)], names
+        [_counted(c) or hashed(c, x) for c, x in zip(columns, names, strict=True)], names
     )
 
 
@@ -90,7 +94,7 @@ def _in_order(
     columns: Sequence[pa.ChunkedArray | pa.Array], names: Sequence[str]
 ) -> tuple[Codes, Labels]:
     """`encode`, labels in order of first appearance."""
-    return _encode([_hashed(c, x) for c, x in zip(columns, names, strict=True)], names)
+    return _encode([hashed(c, x) for c, x in zip(columns, names, strict=True)], names)
 
 
 def _encode(
@@ -120,12 +124,21 @@ def align(labels: Sequence[Labels]) -> tuple[Labels, list[Positions]]:
     names = labels[0].names
     assert all(x.names == names for x in labels)
     columns = [
-        pa.chunked_array(_one_type([x.arrays[j] for x in labels], name))
+        pa.chunked_array(one_type([x.arrays[j] for x in labels], name))
         for j, name in enumerate(names)
     ]
     codes, union = _in_order(columns, names)
     ends = np.cumsum([len(x) for x in labels])
     return union, np.split(codes.astype(np.int64), ends[:-1])
+
+
+def concatenate(labels: Sequence[Labels]) -> Labels:
+    """Labels of several batches that have none in common, one after the other."""
+    columns = []
+    for j, name in enumerate(labels[0].names):
+        arrays = one_type([x.arrays[j] for x in labels], name)
+        columns.append(pa.concat_arrays(arrays))
+    return Labels(labels[0].names, tuple(columns))
 
 
 def lookup(labels: Labels, queries: Labels) -> Positions:
@@ -186,12 +199,12 @@ def to_pandas(labels: Labels) -> pd.Index:
     return levels[0] if len(levels) == 1 else pd.MultiIndex.from_arrays(levels, names=labels.names)
 
 
-def _hashed(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[Codes, pa.Array]:
+def hashed(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[Codes, pa.Array]:
     """Codes (n,) and labels of one key column, in order of first appearance."""
     if isinstance(column, pa.Array):
         column = pa.chunked_array([column])
     kind = column.type
-    plain = _plain_type(kind, name)
+    plain = plain_type(kind, name)
     if pa.types.is_null(kind) or len(column) == 0:
         return np.full(len(column), -1, np.int32), pa.array([], plain)
     if pa.types.is_dictionary(kind):
@@ -205,7 +218,7 @@ def _hashed(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[Codes, pa.Ar
         raw = rows.chunk(0).dictionary  # Arrow gives every chunk the same dictionary
     indices = [chunk.indices.fill_null(-1).to_numpy() for chunk in rows.chunks]
     codes = indices[0] if len(indices) == 1 else np.concatenate(indices)
-    values = _plain(raw, plain, name)
+    values = plain_values(raw, plain, name)
     if pa.types.is_dictionary(kind) or pa.types.is_floating(kind):
         # A dictionary may repeat a value or hold nulls; a float column has NaN, and 0.0 twice.
         again = values.dictionary_encode()
@@ -249,11 +262,11 @@ def _cross(
     return pairs.indices.fill_null(-1).to_numpy(), labels
 
 
-def _plain_type(kind: pa.DataType, name: str) -> pa.DataType:
+def plain_type(kind: pa.DataType, name: str) -> pa.DataType:
     """Type in which labels of an Arrow type are kept; refuses what cannot be a key."""
     t = pa.types
     if t.is_dictionary(kind):
-        return _plain_type(kind.value_type, name)
+        return plain_type(kind.value_type, name)
     if t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind):
         return pa.large_string()
     if t.is_integer(kind) or t.is_decimal(kind):
@@ -267,7 +280,7 @@ def _plain_type(kind: pa.DataType, name: str) -> pa.DataType:
     raise _refused(kind, name)
 
 
-def _plain(values: pa.Array, plain: pa.DataType, name: str) -> pa.Array:
+def plain_values(values: pa.Array, plain: pa.DataType, name: str) -> pa.Array:
     """Values in their plain type, null where they are missing."""
     if plain == pa.int64():
         return _integers(values, name)
@@ -290,7 +303,7 @@ def _integers(values: pa.Array, name: str) -> pa.Array:
     )
 
 
-def _one_type(arrays: Sequence[pa.Array], name: str) -> list[pa.Array]:
+def one_type(arrays: Sequence[pa.Array], name: str) -> list[pa.Array]:
     """One key column of several batches in one type; batches without labels fit any type."""
     types = list(dict.fromkeys(a.type for a in arrays if len(a)))
     if not types:

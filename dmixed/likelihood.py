@@ -85,13 +85,26 @@ def criterion(factors: Factors, terms: ProfileTerms, reml: bool) -> Criterion:
     value = terms.logdet + df * (log_rss + 1.0 + np.log(2.0 * np.pi / df)) - factors.log_weights
     if reml:
         value += log_x + 2.0 * factors.log_jacobian
-    kappa = factors.stored / pivots**2
-    lost = float(np.finfo(float).eps * (df * kappa[p] + kappa[:p].sum()))
+    lost = _rounding(factors, FtHiF, pivots, df)
     empty = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
     gradient, hessian, d_log_rss = (
         _derivatives(factors, terms, FtHiF, df, reml) if terms.order else empty
     )
     return Criterion(float(value), gradient, hessian, d_log_rss, FtHiF, chol, lost, terms)
+
+
+def _rounding(factors: Factors, FtHiF: Floats, pivots: Floats, df: int) -> float:
+    """Estimated rounding error of the criterion, from the sizes of what is subtracted.
+
+    Sums of squares are of size ``stored`` before groups are centred, and ``diag FtHiF`` before the
+    Cholesky factorisation leaves the squares of its pivots. The rows themselves are rounded too,
+    each for itself: relative to the residuals, eps sqrt(total / rss).
+    """
+    p = factors.p
+    squares = np.maximum(pivots**2, np.finfo(float).tiny)
+    kappa = np.maximum(factors.stored, np.diag(FtHiF)) / squares
+    rows = np.sqrt(df * factors.total[p] / squares[p])
+    return float(np.finfo(float).eps * (df * kappa[p] + kappa[:p].sum() + rows))
 
 
 def _derivatives(

@@ -234,9 +234,7 @@ class Lookup:
 
 
 def _joined(parts: Sequence[Known]) -> Known:
-    labels, positions = keys.align([part.labels for part in parts])
-    assert len(labels) == sum(map(len, positions)), "groups are in one of the lookups only"
-    return Known(labels)
+    return Known(keys.concatenate([part.labels for part in parts]))
 
 
 def effects_by_level(prepared: Prepared, modes: Sequence[Floats]) -> list[Floats]:

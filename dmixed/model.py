@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from dmixed.caller import joined
 from dmixed.collect import Moments
 from dmixed.design import DesignSpec, specify
 from dmixed.errors import DataError
-from dmixed.executor import Progress, collect, find_client
+from dmixed.executor import collect, find_client
 from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search, evaluate
 from dmixed.formula import ParsedFormula, parse, parse_parts
@@ -28,11 +27,11 @@ from dmixed.moments import better_frame
 from dmixed.naming import Names
 from dmixed.optimizer import Step
 from dmixed.params import VCSpec
+from dmixed.precision import needs_references, with_references
 from dmixed.preparation import Prepared, prepare
+from dmixed.progress import Progress, Report, checked, open_progress
 from dmixed.results import MixedLMResults
 from dmixed.sources import Source, open_source
-
-logger = logging.getLogger(__name__)
 
 PILOT_ROWS = 2_000
 """Rows from which the shifts and scales of the variables are taken."""
@@ -64,6 +63,8 @@ class MixedLM(FitsOfModel):
         (n,) error variance is sigma2 / weight; a known addition to the fixed part
     client
         `distributed.Client` to run on
+    progress
+        see `lmer`; for the pass over the rows, and for fits that are not told otherwise
 
     Notes
     -----
@@ -84,6 +85,7 @@ class MixedLM(FitsOfModel):
         weights: Any = None,
         offset: Any = None,
         client: Any = None,
+        progress: Progress | bool | None = None,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
@@ -92,6 +94,7 @@ class MixedLM(FitsOfModel):
         self._set_up(formula, made.table, weights, offset, missing, client, None, None)
         self._names = made.names
         self.use_sqrt = bool(use_sqrt)
+        self.progress = checked(progress)
         self._read_now()
 
     @classmethod
@@ -112,6 +115,7 @@ class MixedLM(FitsOfModel):
         client: Any = None,
         context: Mapping[str, Callable[..., Any]] | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        progress: Progress | bool | None = None,
         **unknown: Any,
     ) -> MixedLM:
         """Model in statsmodels' words.
@@ -136,6 +140,8 @@ class MixedLM(FitsOfModel):
         context
             row-wise functions that the formulas call; plain names are found in the caller's
             variables too
+        progress
+            see `lmer`; for the pass over the rows, and for fits that are not told otherwise
 
         Raises
         ------
@@ -164,6 +170,7 @@ class MixedLM(FitsOfModel):
         parsed = parse_parts(formula, key, re_formula, own, vc_formula)
         model = cls._of(parsed, data, weights, offset, missing, client, own, storage_options)
         model.use_sqrt = bool(use_sqrt)
+        model.progress = checked(progress)
         model._read_now()
         return model
 
@@ -191,7 +198,7 @@ class MixedLM(FitsOfModel):
         self.client = find_client(client)
         self.source: Source = open_source(data, storage_options)
         self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
-        self.progress: Progress | None = None
+        self.progress: Progress | bool | None = None
         self.use_sqrt = True
         self._names = Names()
 
@@ -216,22 +223,49 @@ class MixedLM(FitsOfModel):
             if name is not None and name not in self.source.columns:
                 raise DataError(f"the data have no column {name!r}, which is to be the {role}")
             needed += [name] if name is not None else []
-        pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
-        return specify(formula, pilot, **options)
+        self._pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
+        return with_references(specify(formula, self._pilot, **options), self._pilot, self._rows)
+
+    def _rows(self) -> int | None:
+        """Rows of the data, as far as that is known without reading them."""
+        counts = [part.rows for part in self.source.parts(self.parsed.columns)]
+        return sum(n for n in counts if n is not None) or None
 
     @cached_property
     def moments(self) -> Moments:
         """Moments of the rows: the one pass over the data.
 
-        Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away)
-        is there a second one, with shifts and scales that the first has taught.
+        Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away, or
+        none of the groups that dwarf the noise) is there a second one, with what the first has
+        taught.
         """
-        found = collect(self.spec, self.source, self.client, self.progress)
-        frame = better_frame(found.group)
-        if frame is None:
+        with open_progress(self.progress) as report:
+            return self._moments(report)
+
+    def _read(self, report: Report) -> None:
+        """Make `moments` and tell how far they are, unless they are there."""
+        if "moments" not in vars(self):
+            vars(self)["moments"] = self._moments(report)
+
+    def _moments(self, report: Report) -> Moments:
+        report.stage("plan")
+        found = self._pass(self.spec, report)
+        frame, references = better_frame(found.group), needs_references(found)
+        if frame is None and not references:
             return found
-        logger.info("the first rows are not like the rest: reading again with better shifts")
-        return collect(replace(self.spec, frame=frame), self.source, self.client, self.progress)
+        report.message("the first rows are not like the rest: reading again with better shifts")
+        better = replace(
+            self.spec,
+            frame=self.spec.frame if frame is None else frame,
+            references=self.spec.references or references,
+        )
+        return self._pass(better, report)
+
+    def _pass(self, spec: DesignSpec, report: Report) -> Moments:
+        report.plan(f"{self.formula}: {len(spec.columns)} columns of {self.source.kind} data")
+        found = collect(spec, self.source, self._pilot, self.client, report)
+        report.passed(found.nobs + sum(found.dropped.values()), found.dropped)
+        return found
 
     @cached_property
     def _prepared(self) -> Prepared:
@@ -268,7 +302,7 @@ def lmer(
     *,
     storage_options: Mapping[str, Any] | None = None,
     method: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     callback: Callable[[int, Step], None] | None = None,
 ) -> MixedLMResults:
     """Fit a linear mixed model written as in lme4.
@@ -297,7 +331,11 @@ def lmer(
     method, callback
         see `MixedLM.fit`
     progress
-        called with stage, done, total as the pass goes on
+        None for a live view in a terminal or notebook if the fit takes more than 2 seconds, and
+        nothing elsewhere; True for a view in any case, plain lines on stderr where it is no
+        terminal; False for none; or a function called with each `progress.Event`, one at a time
+        and in order. An exception of it ends the fit and is raised. The logger "dmixed" tells
+        the same in words.
 
     Examples
     --------
@@ -322,13 +360,15 @@ def lmer(
         context,
         storage_options,
     )
-    model.progress = progress
     if not isinstance(reml, (bool, np.bool_)):
         raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
     (name,) = search_methods(method)
-    found = model._fit(
-        bool(reml), Search(name, None, None, callback), None, None, True, Penalties()
-    )
+    with open_progress(progress) as report:
+        model._read(report)
+        report.stage("fit")
+        search = Search(name, None, None, report.watch(callback))
+        found = model._fit(bool(reml), search, None, None, True, Penalties())
+        report.fitted(found.summary)
     return model._result(found, False, {}, stacklevel=3)
 
 

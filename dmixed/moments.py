@@ -8,7 +8,7 @@ For the carried columns F (n, k) of some rows and the random ones among them, W 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import comb
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import _sparsetools
 
 from dmixed.blocks import CONSTANT, Column, DesignBlock, Floats, Frame
+from dmixed.references import CommonReferences, References, change_of_total, move, rounded
 
 Index: TypeAlias = NDArray[np.intp]
 
@@ -27,6 +28,9 @@ FAR = 100.0
 
 CHUNK = 16_384
 """Rows turned into carried columns at a time: the block stays in the processor's cache."""
+
+LINE, CACHE, FETCH = 64, 2**23, 2**18
+"""Bytes of a cache line; of sums that the cache holds; of sums fetched into it at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,15 +48,17 @@ class GroupMoments:
     frame
         shifts and scales of the variables
     WtF
-        (G, q, k), dimensionless (products of shifted and scaled columns)
+        (G, q, k), dimensionless (products of shifted and scaled columns), about the references
     FtF
-        (k, k), the same summed over all rows
+        (k, k), the same summed over all rows; `gram` is about zero
     plain
-        (k, k), FtF without the row weights; the same array where there are none
+        (k, k), without row weights and about zero; the same array as FtF where there are no weights
     counts
         (G,) rows of each group
     log_weights
         sum of log(weight) over the rows
+    reference
+        (G, k) row of each group that is taken from its rows; None: zeros, see `references`
     """
 
     columns: tuple[Column, ...]
@@ -63,6 +69,7 @@ class GroupMoments:
     plain: Floats
     counts: NDArray[np.int64]
     log_weights: float
+    reference: References | None = None
 
     def __post_init__(self) -> None:
         k, q, G = len(self.columns), len(self.random), len(self.counts)
@@ -71,6 +78,10 @@ class GroupMoments:
         assert self.columns[self.random[0]] == CONSTANT
         for array in (self.WtF, self.FtF, self.plain, self.counts):
             array.flags.writeable = False
+        if self.reference is not None:
+            assert self.reference.shape == (G, k)
+            assert self.reference.dtype == np.float32
+            self.reference.flags.writeable = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as a call of the class: what arrives from a worker is read-only too."""
@@ -89,7 +100,36 @@ class GroupMoments:
     @property
     def nbytes(self) -> int:
         """Memory held by the arrays, in bytes."""
-        return int(self.WtF.nbytes + self.counts.nbytes + 2 * self.FtF.nbytes)
+        own = 0 if self.reference is None else self.reference.nbytes
+        return int(self.WtF.nbytes + self.counts.nbytes + 2 * self.FtF.nbytes + own)
+
+    @property
+    def gram(self) -> Floats:
+        """(k, k): FtF about zero."""
+        if self.reference is None:
+            return self.FtF
+        delta = self.reference.astype(np.float64)
+        return np.asarray(self.FtF + change_of_total(self.WtF, self.random, delta))
+
+    @property
+    def unweighted(self) -> Floats:
+        """(k, k): FtF about zero, without row weights."""
+        return self.gram if self.plain is self.FtF else self.plain
+
+    @property
+    def absolute(self) -> GroupMoments:
+        """The same moments about zero."""
+        if self.reference is None:
+            return self
+        WtF = self.WtF.copy()
+        FtF = self.FtF + move(WtF, self.random, self.reference.astype(np.float64))
+        plain = FtF if self.plain is self.FtF else self.plain
+        return replace(self, WtF=WtF, FtF=FtF, plain=plain, reference=None)
+
+    def take(self, groups: Index) -> GroupMoments:
+        """Some of the groups, in this order; the sums over all rows stay as they are."""
+        own = None if self.reference is None else self.reference[groups]
+        return replace(self, WtF=self.WtF[groups], counts=self.counts[groups], reference=own)
 
     def __add__(self, other: GroupMoments) -> GroupMoments:
         """Moments of both sets of rows, for the same groups in the same order."""
@@ -104,7 +144,7 @@ class GroupMoments:
 def carried_columns(block: DesignBlock, rows: slice) -> Floats:
     """Carried columns F (m, k) of some rows of a block, unweighted."""
     m = len(range(*rows.indices(block.nobs)))
-    return _Workspace(block, m).columns(block, rows)
+    return _Workspace(block, m).columns(block, rows)[:, : len(block.columns)]
 
 
 class _Workspace:
@@ -116,15 +156,19 @@ class _Workspace:
 
     def __init__(self, block: DesignBlock, size: int = CHUNK) -> None:
         k, q, v = len(block.columns), len(block.random), len(block.values)
-        self.F, self.shifted = np.empty((size, k)), np.empty((v, size))
+        self.F, self.shifted = np.zeros((size, _width(q, k))), np.empty((v, size))
         self.product, self.inside = np.empty(size), np.empty(size, dtype=np.bool_)
         self.W, self.where = np.empty((size, q)), np.empty((size, q), dtype=np.int32)
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
+        self.place = np.empty(size, dtype=np.int64)
+        self.reference = np.empty((size if block.references else 0, k), dtype=np.float32)
 
     def columns(self, block: DesignBlock, rows: slice) -> Floats:
-        """Carried columns F (m, k) of some rows, unweighted; valid until the next call."""
-        start, stop, _ = rows.indices(block.nobs)
-        m = stop - start
+        """Carried columns F (m, width) of some rows, unweighted; valid until the next call.
+
+        Columns beyond k are zero, see `_width`.
+        """
+        m = len(range(*rows.indices(block.nobs)))
         F, product, inside = self.F[:m], self.product[:m], self.inside[:m]
         frame = zip(block.values, block.frame.shift, block.frame.scale, self.shifted, strict=True)
         for x, shift, scale, u in frame:
@@ -147,34 +191,65 @@ class Accumulator:
     """Moments of many batches, added in place: the only code that ever touches rows.
 
     Batches must agree in columns and frame (`fits`); the group axis grows as groups appear.
+
+    Parameters
+    ----------
+    expected
+        groups for which there is room from the start, which need not be right
     """
 
-    def __init__(self, block: DesignBlock) -> None:
+    def __init__(self, block: DesignBlock, expected: int = 0) -> None:
         k, q = len(block.columns), len(block.random)
-        self.like, self.workspace = block, _Workspace(block)
-        self.WtF, self.counts = np.zeros((0, q, k)), np.zeros(0, dtype=np.int64)
-        self.FtF, self.plain, self.log_weights = np.zeros((k, k)), np.zeros((k, k)), 0.0
+        width = _width(q, k)
+        self.columns, self.random, self.frame = block.columns, block.random, block.frame
+        self.weighted = block.weights is not None
+        self.workspace = _Workspace(block)
+        self.n_groups, self.expected = 0, expected
+        self.WtF, self.counts = np.zeros((0, q, width)), np.zeros(0, dtype=np.int64)
+        self.FtF, self.plain = np.zeros((width, width)), np.zeros((width, width))
+        self.log_weights = 0.0
+
+        self.references = block.references
+        # the constant and the cells of categories have reference 0
+        self.varying = np.array([r.cells < 0 and bool(r.powers) for r in block.recipes])
+        self.reference = np.zeros((0, k), dtype=np.float32)
+        self.first = np.zeros(0, dtype=np.int32)  # row of a chunk, -1 for none so far
 
     def fits(self, block: DesignBlock) -> bool:
         """Whether a block has the same columns."""
-        same = block.columns == self.like.columns and block.frame == self.like.frame
-        return same and (block.weights is None) == (self.like.weights is None)
+        same = block.columns == self.columns and block.frame == self.frame
+        same = same and block.references == self.references
+        return same and (block.weights is not None) == self.weighted
 
-    def add(self, block: DesignBlock, positions: Index, n_groups: int) -> None:
-        """Add the rows of a block, whose group g is group ``positions[g]`` of ``n_groups``."""
-        self._grow(n_groups)
-        group = positions.astype(np.int32)[block.group]
-        self.counts[:n_groups] += np.bincount(group, minlength=n_groups)
+    def add(self, block: DesignBlock) -> None:
+        """Add the rows of a block; its groups are those of the sums, and perhaps new ones."""
+        self._grow(block.n_groups)
+        self.n_groups = block.n_groups
         if block.weights is not None:
+            np.add.at(self.counts, block.group, 1)
             self.log_weights += float(np.log(block.weights).sum())
         for start in range(0, block.nobs, CHUNK):
             rows = slice(start, min(start + CHUNK, block.nobs))
             F = self.workspace.columns(block, rows)
             if block.weights is not None:
                 self.plain += F.T @ F
+            if block.references:
+                self._take_references(F[:, : len(self.columns)], block.group[rows])
+            if block.weights is not None:
                 F *= np.sqrt(block.weights[rows])[:, None]
             self.FtF += F.T @ F
-            self._scatter(F, group[rows], block.random)
+            self._scatter(F, block.group[rows], block.random)
+
+    def _take_references(self, F: Floats, group: NDArray[np.int32]) -> None:
+        """Subtract from each row (m, k) the reference of its group: the first row that was met."""
+        new = np.flatnonzero(self.first[group] < 0)[::-1]
+        if len(new):  # of assignments to one place the last counts: backwards, the first row
+            self.first[group[new]] = new
+            rows = new[self.first[group[new]] == new]
+            self.reference[group[rows]] = rounded(F[rows]) * self.varying
+        own = self.workspace.reference[: len(F)]
+        np.take(self.reference, group, axis=0, out=own, mode="clip")
+        F -= own
 
     def _scatter(self, F: Floats, group: NDArray[np.int32], random: tuple[int, ...]) -> None:
         """Add W_i' F_i of each row (m, k) to its group, in place.
@@ -188,43 +263,95 @@ class Accumulator:
             W[:, a] = F[:, j]
             np.multiply(group, np.int32(q), out=where[:, a])
             where[:, a] += np.int32(a)
-        indptr = self.workspace.indptr[: m + 1]
-        sizes = len(self.WtF) * q, m, k
-        _csc_matvecs(
-            *sizes, indptr, where.reshape(-1), W.reshape(-1), F.reshape(-1), self.WtF.reshape(-1)
-        )
+        step, sums = m, self.WtF.reshape(-1)
+        far = sums.nbytes > CACHE
+        if far:
+            step = max(FETCH // (8 * q * k), 1)
+            lines = np.unique([*range(0, q * k, 8), q * k - 1])
+        for start in range(0, m, step):
+            part = slice(start, min(start + step, m))
+            size = part.stop - start
+            if far:
+                self._fetch(sums, group[part], lines)
+            _csc_matvecs(
+                *(len(self.WtF) * q, size, k, self.workspace.indptr[: size + 1]),
+                *(where[part].reshape(-1), W[part].reshape(-1), F[part].reshape(-1), sums),
+            )
+
+    def _fetch(self, sums: Floats, group: NDArray[np.int32], lines: Index) -> None:
+        """Bring the sums of some rows' groups into the cache.
+
+        Adding to them would wait for memory group by group; reading one number of each cache line
+        waits for many at once, which makes the addition twice as fast.
+        """
+        place, read = self.workspace.place[: len(group)], self.workspace.product[: len(group)]
+        np.multiply(group, self.WtF[0].size, out=place)
+        before = 0
+        for line in lines.tolist():
+            place += line - before
+            sums.take(place, out=read, mode="clip")  # "raise" would make a copy of out
+            before = line
 
     def _grow(self, n_groups: int) -> None:
         """Room for ``n_groups``; doubling keeps the copies fewer than the rows."""
         held = len(self.WtF)
         if n_groups <= held:
             return
-        size = n_groups if held == 0 else max(n_groups, held + held // 2)
-        WtF = np.zeros((size, *self.WtF.shape[1:]))
+        size = max(n_groups, self.expected if held == 0 else held + held // 2)
+        WtF = _aligned_zeros((size, *self.WtF.shape[1:]))
         counts = np.zeros(size, dtype=np.int64)
         WtF[:held], counts[:held] = self.WtF, self.counts
         self.WtF, self.counts = WtF, counts
+        if self.references:
+            reference = np.zeros((size, len(self.columns)), dtype=np.float32)
+            reference[:held] = self.reference
+            first = np.full(size, -1, dtype=np.int32)
+            first[:held] = self.first
+            self.reference, self.first = reference, first
 
-    def moments(self, n_groups: int) -> GroupMoments:
+    def moments(self) -> GroupMoments:
         """What was added; the accumulator is not to be used afterwards."""
-        self._grow(n_groups)
+        k = len(self.columns)
+        WtF, counts = self.WtF[: self.n_groups, :, :k], self.counts[: self.n_groups]
+        FtF, plain = self.FtF[:k, :k], self.plain[:k, :k]
+        if not self.weighted:  # the constant's sums are the counts, exactly
+            constant = self.random[0]
+            np.copyto(counts, WtF[:, 0, constant], casting="unsafe")
         return GroupMoments(
-            columns=self.like.columns,
-            random=self.like.random,
-            frame=self.like.frame,
-            WtF=self.WtF[:n_groups],
-            FtF=self.FtF,
-            plain=self.FtF if self.like.weights is None else self.plain,
-            counts=self.counts[:n_groups],
+            columns=self.columns,
+            random=self.random,
+            frame=self.frame,
+            WtF=WtF,
+            FtF=FtF,
+            plain=plain if self.weighted else FtF,
+            counts=counts,
             log_weights=self.log_weights,
+            reference=self.reference[: self.n_groups] if self.references else None,
         )
+
+
+def _width(q: int, k: int) -> int:
+    """Columns of F in memory: as many as make a group's sums (q, width) whole cache lines.
+
+    Only if that takes few more: groups that begin anywhere in a line touch one more line each.
+    """
+    width = next(w for w in range(k, k + LINE // 8) if w * q * 8 % LINE == 0)
+    return width if 4 * width <= 5 * k else k
+
+
+def _aligned_zeros(shape: tuple[int, ...]) -> Floats:
+    """Zeros that begin with a cache line, so that no group's sums share more than they must."""
+    size = int(np.prod(shape)) * 8
+    raw = np.zeros(size + LINE, np.uint8)
+    start = -raw.ctypes.data % LINE
+    return raw[start : start + size].view(np.float64).reshape(shape)
 
 
 def accumulate(block: DesignBlock) -> GroupMoments:
     """Moments of one batch."""
     sums = Accumulator(block)
-    sums.add(block, np.arange(block.n_groups), block.n_groups)
-    return sums.moments(block.n_groups)
+    sums.add(block)
+    return sums.moments()
 
 
 def combine(
@@ -232,7 +359,8 @@ def combine(
 ) -> GroupMoments:
     """Sum of moments: union of the columns, group g of part i added at ``positions[i][g]``.
 
-    All parts are first brought to the frame of the first one, which is linear and exact.
+    All parts are first brought to the frame of the first one, which is linear and exact, and the
+    sums of a group to the reference it has in the first part that has the group.
     """
     first = parts[0]
     parts = [first, *(reframe(part, first.frame) for part in parts[1:])]
@@ -246,19 +374,39 @@ def combine(
     counts = np.zeros(n_groups, dtype=np.int64)
     place = {column: j for j, column in enumerate(columns)}
     random_place = {columns[j]: a for a, j in enumerate(random)}
+    referenced = any(part.reference is not None for part in parts)
+    common = CommonReferences(n_groups, k) if referenced else None
     for part, position in zip(parts, positions, strict=True):
         to_k = np.array([place[column] for column in part.columns], dtype=np.intp)
         to_q = np.array([random_place[part.columns[j]] for j in part.random], dtype=np.intp)
+        own = part.WtF, part.FtF
+        if common is not None:
+            own = common.moved(*own, part.random, part.reference, position, to_k)
         if np.array_equal(to_k, np.arange(k)) and np.array_equal(to_q, np.arange(q)):
-            WtF[position] += part.WtF
+            _add_at(WtF, position, own[0])
         else:
-            WtF[np.ix_(position, to_q, to_k)] += part.WtF
-        FtF[np.ix_(to_k, to_k)] += part.FtF
+            WtF[np.ix_(position, to_q, to_k)] += own[0]
+        FtF[np.ix_(to_k, to_k)] += own[1]
         if weighted:
-            plain[np.ix_(to_k, to_k)] += part.plain
+            plain[np.ix_(to_k, to_k)] += part.unweighted
         counts[position] += part.counts
     log_weights = float(sum(part.log_weights for part in parts))
-    return GroupMoments(columns, random, first.frame, WtF, FtF, plain, counts, log_weights)
+    reference = None if common is None else common.values
+    return GroupMoments(
+        columns, random, first.frame, WtF, FtF, plain, counts, log_weights, reference
+    )
+
+
+def _add_at(sums: Floats, position: Index, values: Floats) -> None:
+    """``sums[position] += values`` along the first axis, in place, each position once."""
+    n, size = len(values), values[0].size if len(values) else 0
+    step = np.diff(position)
+    if n and position[0] + n - 1 == position[-1] and (step == 1).all():
+        sums[position[0] : position[-1] + 1] += values
+    elif n:  # faster than numpy's by three passes, and it releases the GIL
+        ones, indptr = np.ones(n), np.arange(n + 1, dtype=np.int32)
+        flat = np.ascontiguousarray(values).reshape(-1), sums.reshape(-1)
+        _csc_matvecs(len(sums), n, size, indptr, position.astype(np.int32), ones, *flat)
 
 
 def _union(parts: Sequence[GroupMoments]) -> tuple[Column, ...]:
@@ -285,19 +433,28 @@ def reframe(moments: GroupMoments, frame: Frame) -> GroupMoments:
     if moments.frame == frame:
         return moments
     T = frame_change(moments.columns, moments.frame, frame)
+    plain = T.T @ moments.plain @ T
+    constant, reference = moments.random[0], None
+    if moments.reference is not None:
+        # F = Fc + r with the constant 1 in r: what T adds of it belongs to the new references
+        target = moments.reference.astype(np.float64)
+        target[:, constant] = 1.0
+        target = target @ T
+        target[:, constant] = 0.0
+        reference = rounded(target)
+        T[constant] = np.arange(len(T)) == constant
     T_random = T[np.ix_(moments.random, moments.random)]
     WtF = np.einsum("ab,gac->gbc", T_random, moments.WtF @ T, optimize=True)
     FtF = T.T @ moments.FtF @ T
-    weighted = moments.plain is not moments.FtF
-    return GroupMoments(
-        columns=moments.columns,
-        random=moments.random,
+    if reference is not None:
+        FtF += move(WtF, moments.random, target - reference)
+    return replace(
+        moments,
         frame=frame,
         WtF=WtF,
         FtF=FtF,
-        plain=T.T @ moments.plain @ T if weighted else FtF,
-        counts=moments.counts,
-        log_weights=moments.log_weights,
+        plain=FtF if moments.plain is moments.FtF else plain,
+        reference=reference,
     )
 
 
@@ -307,15 +464,15 @@ def better_frame(moments: GroupMoments) -> Frame | None:
     A mean of `FAR` standard deviations costs twice its digits, and four times in squares; the
     digits are gone before the sums can tell, so only another pass brings them back.
     """
-    place = {column: j for j, column in enumerate(moments.columns)}
+    place, sums = {column: j for j, column in enumerate(moments.columns)}, moments.unweighted
     shift, scale = list(moments.frame.shift), list(moments.frame.scale)
     far, n = False, max(moments.nobs, 1)
     for v, name in enumerate(moments.frame.names):
         j = place.get(Column((), ((name, 1),)))
         if j is None:
             continue
-        mean = moments.plain[place[CONSTANT], j] / n
-        variance = moments.plain[j, j] / n - mean**2
+        mean = sums[place[CONSTANT], j] / n
+        variance = sums[j, j] / n - mean**2
         if variance > 0.0 and mean**2 > FAR**2 * variance:
             far = True
             shift[v] += scale[v] * mean

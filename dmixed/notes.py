@@ -9,6 +9,9 @@ from dmixed.inference.random_effects import n_effects
 from dmixed.preparation import Prepared
 from dmixed.summary import few_rows, held_at_zero
 
+NOTABLE = 1e-6
+"""Rounding of the criterion, deviance units, that a summary mentions."""
+
 
 def fit_notes(prepared: Prepared, estimates: Estimates) -> tuple[str, ...]:
     """Sentences on rows that are too few, and on parameters that were held."""
@@ -36,4 +39,17 @@ def fit_notes(prepared: Prepared, estimates: Estimates) -> tuple[str, ...]:
     if estimates.shrunk is not None and estimates.shrunk.any():
         zero = [n for n, z in zip(prepared.fixed_names, estimates.shrunk, strict=True) if z]
         notes.append(f"Fixed effects that the penalty has put to zero: {', '.join(zero)}.")
+    notes += _digits_lost(estimates)
     return tuple(notes)
+
+
+def _digits_lost(estimates: Estimates) -> tuple[str, ...]:
+    """Say so where rounding reaches what is printed of the log-likelihood."""
+    proof = estimates.summary.certificate
+    if not proof.rounding > NOTABLE:
+        return ()
+    return (
+        f"The log-likelihood is uncertain by about {0.5 * proof.rounding:.1g}: "
+        f"{proof.digits_lost:.0f} of its 16 digits were lost to rounding, because columns are "
+        "nearly dependent, or effects are far larger than the noise.",
+    )

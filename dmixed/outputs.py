@@ -192,10 +192,10 @@ def _predicted(job: Job, lookup: Lookup | None, part: Part, value: Any, number: 
 
 
 def _all(job: Job, lookup: Lookup | None, parts: Sequence[Part], client: Any) -> list[Predicted]:
-    found = compute(delayed(list)(_tasks(_predicted, job, lookup, parts, client)), client)
+    found = compute(_tasks(_predicted, job, lookup, parts, client), client)
     if job.predictor.new_groups == "error":
         sum((part.strange for part in found), Strange()).refuse()
-    return list(found)
+    return found
 
 
 # --------------------------------------------------------------------------- to the caller
@@ -335,7 +335,7 @@ def written(
     parts = source.parts(job.columns)
     with new_place(out, storage_options) as place:
         tasks = _tasks(_write, replace(job, place=place), lookup, parts, client)
-        found = compute(delayed(list)(tasks), client)
+        found = compute(tasks, client)
         if job.predictor.new_groups == "error":
             sum((strange for _, strange, _ in found), Strange()).refuse()
         columns = found[0][2]

@@ -113,8 +113,8 @@ def prepare(moments: Moments) -> Prepared:
     bars = tuple(design.bars[j] for j in order)
     _check_single_rows(moments, bars, terms)
     found = _problem(moments, design, bars, terms)
-    stored = float(found.factors.stored[-1]) if found.response.scale > 0 else 0.0
-    if stored <= 0.0:
+    total = float(found.factors.total[-1]) if found.response.scale > 0 else 0.0
+    if total <= 0.0:
         raise DataError(
             f"the response {design.spec.formula.response_text!r} is constant: "
             "there is no variance to explain"

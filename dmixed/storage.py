@@ -3,7 +3,8 @@
 ``result.json`` holds a `_Manifest`: the model in words, and everything small. ``cells.parquet``
 has a row per cell: the labels, each key a column of its own type; ``rows``, the rows counted;
 ``WtF``, a list of q k numbers. ``columns.parquet`` has a row per carried column: ``FtF`` and, where
-rows are weighted, ``plain``, lists of k numbers.
+rows are weighted, ``plain``, lists of k numbers. Where sums are about a row of each group,
+``references.parquet`` has that ``reference``, k numbers, for each row of ``cells.parquet``.
 
 To load a result is to read its formula again and to prepare its model again from the moments;
 estimates are as they were stored.
@@ -46,9 +47,11 @@ from dmixed.records import (
     write_record,
     write_table,
 )
+from dmixed.references import References
 
 SCHEMA = "dmixed-stored-result/1"
 MANIFEST, CELLS, COLUMNS = "result.json", "cells.parquet", "columns.parquet"
+REFERENCES = "references.parquet"
 
 LABELS = pa.large_string(), pa.int64(), pa.uint64(), pa.float64(), pa.date32(), pa.bool_()
 """Types that labels have, beside timestamps."""
@@ -157,6 +160,10 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
         own_columns = {"rows": pa.array(group.counts), "WtF": lists(group.WtF)}
         cells = pa.table([*labels.arrays, *own_columns.values()], [*labels.names, *own_columns])
         sums = [lists(getattr(group, name)) for name in _sums(spec)]
+        tables = {CELLS: cells, COLUMNS: pa.table(sums, _sums(spec))}
+        if group.reference is not None:
+            reference = lists(group.reference.astype(np.float64))
+            tables[REFERENCES] = pa.table([reference], ["reference"])
         manifest = _Manifest(
             schema=SCHEMA,
             versions={
@@ -180,10 +187,7 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
             random=group.random,
             log_weights=group.log_weights,
             key_types=tuple(str(array.type) for array in labels.arrays),
-            files={
-                CELLS: write_table(folder / CELLS, cells),
-                COLUMNS: write_table(folder / COLUMNS, pa.table(sums, _sums(spec))),
-            },
+            files={name: write_table(folder / name, table) for name, table in tables.items()},
         )
         write_record(folder / MANIFEST, manifest)
 
@@ -257,7 +261,7 @@ def _spec(manifest: _Manifest, file: Path) -> DesignSpec:
     misfit = _misfit(spec, manifest)
     if misfit is not None:
         raise DataError(f"{file}: {misfit}: is not what the formula {text!r} needs")
-    return replace(spec, frame=manifest.frame)
+    return replace(spec, frame=manifest.frame, references=REFERENCES in manifest.files)
 
 
 def _misfit(spec: DesignSpec, manifest: _Manifest) -> str | None:
@@ -282,7 +286,7 @@ def _misfit(spec: DesignSpec, manifest: _Manifest) -> str | None:
     types = [_label_type(x) for x in manifest.key_types]
     if len(types) != len(spec.keys) or None in types:
         return "key_types"
-    return None if manifest.files.keys() == {CELLS, COLUMNS} else "files"
+    return None if manifest.files.keys() - {REFERENCES} == {CELLS, COLUMNS} else "files"
 
 
 def _carries(
@@ -331,8 +335,24 @@ def _moments(manifest: _Manifest, folder: Path) -> Moments:
         plain=plain[0] if plain else FtF,
         counts=counts,
         log_weights=manifest.log_weights,
+        reference=_reference(manifest, folder, len(labels)) if spec.references else None,
     )
     return Moments(spec, manifest.levels, labels, group, manifest.dropped)
+
+
+def _reference(manifest: _Manifest, folder: Path, n_cells: int) -> References:
+    """References of the cells, from their file."""
+    file, k = folder / REFERENCES, len(manifest.columns)
+    (values,) = read_table(file, manifest.files[REFERENCES], [("reference", list_type(k))])
+    with np.errstate(over="ignore"):
+        found: References = values.astype(np.float32)
+    none = [bool(x.cell) or not x.powers for x in manifest.columns]
+    if len(found) != n_cells or (found != values).any() or found[:, none].any():
+        raise DataError(
+            f"{file}: must have a row per cell, of numbers that float32 has, 0 for the constant "
+            "and for columns of categories"
+        )
+    return found
 
 
 def _label_type(text: str) -> pa.DataType | None:

@@ -20,6 +20,7 @@ from dmixed.design.spec import DesignSpec, Input, Need
 from dmixed.errors import DataError, MissingDataError
 from dmixed.formula.expressions import Name, columns_of
 from dmixed.formula.polynomials import shown_powers
+from dmixed.index import LabelIndex
 
 MAX_SIZE = 1e70
 """Carried columns beyond this are refused: fourth powers, summed over rows, must not overflow."""
@@ -34,7 +35,8 @@ class Batch:
     block
         numbers
     labels
-        labels of the block's groups, which are cells: combinations of all keys
+        labels of the block's groups, which are cells: combinations of all keys; None where an
+        index has them
     dropped
         rows dropped, by reason
     levels
@@ -42,7 +44,7 @@ class Batch:
     """
 
     block: DesignBlock
-    labels: keys.Labels
+    labels: keys.Labels | None
     dropped: dict[str, int]
     levels: dict[str, FactorLevels]
 
@@ -97,7 +99,13 @@ class _Complete:
         return f"row {self.row0 + row}{self.rows.place}"
 
 
-def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> Batch:
+def block(
+    spec: DesignSpec,
+    table: pa.Table,
+    row0: int = 0,
+    where: str = "",
+    index: LabelIndex | None = None,
+) -> Batch:
     """Turn a batch of rows into carried columns.
 
     Parameters
@@ -110,6 +118,8 @@ def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> 
         number of the batch's first row in the data, for messages
     where
         name of the batch, for messages
+    index
+        numbers the groups; without it, the batch's own groups are numbered, in any order
 
     Raises
     ------
@@ -135,7 +145,7 @@ def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> 
             if not isinstance(item.node, Name):
                 text = spec.formula.response_text if item.name == RESPONSE else item.name
                 complete.drop(f"{text}: not finite", not_finite(variables[-1]))
-    group, labels = _groups(spec, rows, complete)
+    group, labels = _groups(spec, rows, complete, index)
     weights = None
     if spec.weights is not None:
         weights = rows.number(spec.weights)
@@ -150,11 +160,14 @@ def block(spec: DesignSpec, table: pa.Table, row0: int = 0, where: str = "") -> 
         variables = [v[kept] for v in variables]
         factors = {k: Factor(f.codes[kept], f.levels, f.declared) for k, f in factors.items()}
         weights = None if weights is None else weights[kept]
-        group, labels = _regroup(group[kept], labels)
+        group = group[kept]
+        if labels is not None:
+            group, labels = _regroup(group, labels)
     _check_weights(spec, weights, complete)
     _check_sizes(spec, variables, complete)
     levels = {name: _levels_met(name, factor, rows.place) for name, factor in factors.items()}
-    made = _assemble(spec, variables, factors, group, len(labels), weights, rows.place)
+    n_groups = len(labels) if labels is not None else len(index or ())
+    made = _assemble(spec, variables, factors, group, n_groups, weights, rows.place)
     return Batch(made, labels, complete.dropped, levels)
 
 
@@ -177,14 +190,20 @@ def _uncoded(codes: Codes) -> NDArray[np.bool_] | None:
     return bad
 
 
-def _groups(spec: DesignSpec, rows: Rows, complete: _Complete) -> tuple[Codes, keys.Labels]:
-    """Codes and labels of the cells of all rows."""
+def _groups(
+    spec: DesignSpec, rows: Rows, complete: _Complete, index: LabelIndex | None
+) -> tuple[Codes, keys.Labels | None]:
+    """Codes and, without an index, labels of the cells of all rows."""
     for key in spec.keys:
         if not isinstance(key.node, Name):  # an expression may hide that a column is missing
             for name in columns_of(key.node):
                 complete.column(name)
     columns = [rows.key(key.node) for key in spec.keys]
-    codes, labels = keys.encode(columns, spec.group)
+    labels = None
+    if index is None:
+        codes, labels = keys.encode(columns, spec.group)
+    else:
+        codes = index.encode(columns)
     if _uncoded(codes) is not None:
         for name, column in zip(spec.group, columns, strict=True):
             alone, _ = keys.encode([column], [name])
@@ -289,6 +308,7 @@ def _assemble(
         group=group,
         n_groups=n_groups,
         weights=weights,
+        references=spec.references,
     )
 
 

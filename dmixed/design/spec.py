@@ -124,6 +124,8 @@ class DesignSpec:
         the caller's functions
     columns
         data columns to read
+    references
+        take sums about a row of each group, see `references`; moments with and without them add
     """
 
     formula: ParsedFormula
@@ -140,6 +142,7 @@ class DesignSpec:
     missing: str
     context: Context
     columns: tuple[str, ...]
+    references: bool = False
 
     @property
     def group(self) -> tuple[str, ...]:

@@ -1,0 +1,179 @@
+"""How a pass is divided: by the data alone, so that its sums do not depend on the machine.
+
+A task reads a run of parts into one state; states are divided into shards by a hash of the labels
+and added shard by shard. How many tasks and shards there are follows from the number of rows and
+an estimate of the number of groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from dask.delayed import Delayed
+
+from dmixed.design import DesignSpec, block
+from dmixed.design.columns import Rows
+from dmixed.index import LabelIndex
+from dmixed.sources import Part
+
+TASKS, TASK_ROWS = 8, 64_000_000
+"""The pass has at most `TASKS` tasks for every `TASK_ROWS` rows."""
+
+FEW_TASKS, REPEATS = 4, 24
+"""Tasks at least, and rows of a task for each group it meets: adding states is to cost little."""
+
+STATE = 2**29
+"""Bytes of a task's state at most, by estimate."""
+
+WHOLE, SHARD, SHARDS = 2**25, 2**27, 8
+"""Bytes of all moments that are not divided; of a shard; shards at least, if there are any."""
+
+SAMPLE_ROWS = 2**14
+"""Rows whose keys are looked at."""
+
+PIECES = 20_000
+"""Tasks that take a shard of a state, at most."""
+
+RUN_ROWS = 1.5
+"""Runs of a label in neighbouring rows, on average, up to which keys count as clustered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What some rows tell of the keys.
+
+    Attributes
+    ----------
+    groups
+        estimate of the number of groups in all rows
+    clustered
+        rows of a group are neighbours
+    share
+        largest share of the rows under one key
+    """
+
+    groups: float
+    clustered: bool
+    share: float
+
+    def met(self, rows: float, of: float) -> float:
+        """Estimate of the groups that a run of rows, of so many in all, has."""
+        if self.clustered:
+            return self.groups * rows / max(of, 1.0)
+        return self.groups * -math.expm1(-rows / max(self.groups, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Tasks and shards of a pass.
+
+    Attributes
+    ----------
+    runs
+        parts that each task reads
+    bunch
+        states that are added before they are divided
+    shards
+        a power of two
+    expected
+        estimate of the groups that a task meets
+    """
+
+    runs: tuple[range, ...]
+    bunch: int
+    shards: int
+    expected: int
+
+    def __post_init__(self) -> None:
+        assert self.shards & (self.shards - 1) == 0
+
+
+def keys_of(codes: np.ndarray, rows: int) -> Keys:
+    """What the codes (m,) of some neighbouring rows tell of all rows."""
+    codes = codes[codes >= 0]
+    m = len(codes)
+    if m == 0:
+        return Keys(0.0, False, 0.0)
+    counts = np.bincount(codes)
+    d = int(np.count_nonzero(counts))
+    share = float(counts.max()) / m
+    runs = 1 + int(np.count_nonzero(codes[1:] != codes[:-1]))
+    if m >= rows:
+        return Keys(float(d), runs <= RUN_ROWS * d, share)
+    if m >= 2 * d and runs <= RUN_ROWS * d:
+        return Keys(d * rows / m, True, share)
+    return Keys(min(_population(d, m), float(rows)), False, share)
+
+
+def _population(distinct: int, drawn: int) -> float:
+    """Groups of which so many draws meet so many: G (1 - exp(-m / G)) = d, by bisection."""
+    if distinct >= drawn:
+        return float(drawn) ** 2
+    low, high = float(distinct), float(drawn) ** 2
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        if middle * -math.expm1(-drawn / middle) < distinct:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def sample_keys(spec: DesignSpec, sample: pa.Table, rows: int) -> Keys:
+    """Keys of all rows, from some."""
+    table = Rows(sample, spec.context, "")
+    codes = LabelIndex(spec.group).encode([table.key(key.node) for key in spec.keys])
+    return keys_of(codes, rows)
+
+
+def group_bytes(spec: DesignSpec, pilot: pa.Table) -> int:
+    """Bytes of the sums of one group."""
+    made = block(spec, pilot).block
+    return 8 * (len(made.random) * len(made.columns) + 2)
+
+
+def layout(spec: DesignSpec, parts: Sequence[Part], rows: int, keys: Keys, size: int) -> Layout:
+    """Divide a pass.
+
+    Parameters
+    ----------
+    rows
+        in all parts, or an estimate
+    size
+        bytes of the sums of one group
+    """
+    n = len(parts)
+    shards = _shards(keys.groups * size) if divisible(spec) else 1
+    if any(isinstance(part.task, Delayed) for part in parts):
+        tasks = n  # a task would hold all the frames that it waits for
+    else:
+        tasks = min(n, _tasks(rows, keys, size))
+    ends = [round(n * (i + 1) / tasks) for i in range(tasks)]
+    runs = tuple(range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True))
+    expected = math.ceil(keys.met(rows / tasks, rows)) if rows else 0
+    return Layout(runs, max(1, math.ceil(tasks * shards / PIECES)), shards, expected)
+
+
+def divisible(spec: DesignSpec) -> bool:
+    """Whether every random term has all keys, so that any set of groups stands for itself."""
+    return all(len(term.key) == len(spec.keys) and not term.reduced for term in spec.terms)
+
+
+def _tasks(rows: int, keys: Keys, size: int) -> int:
+    most = TASKS * max(1, math.ceil(rows / TASK_ROWS))
+    tasks = most
+    if not keys.clustered:
+        tasks = min(most, max(FEW_TASKS, round(rows / max(REPEATS * keys.groups, 1.0))))
+    while keys.met(rows / tasks, rows) * size > STATE:
+        tasks *= 2
+    return tasks
+
+
+def _shards(nbytes: float) -> int:
+    if nbytes <= WHOLE:
+        return 1
+    return max(SHARDS, 1 << math.ceil(math.log2(nbytes / SHARD)))
