@@ -253,10 +253,12 @@ def _of_dask(job: Job, lookup: Lookup | None, source: Any, client: Any) -> Any:
     meta = frame._meta[list(job.carried)].copy()
     for name in job.names or job.predictor.names:
         meta[name] = np.empty(0)
+    from dask.dataframe.dask_expr._expr import _DelayedExpr
+
     (same, _), (shared, alive) = _node(job), _node(lookup, client)
-    return frame.map_partitions(
-        _partition, shared, same, part, alive, meta=meta, enforce_metadata=False
-    )
+    # older releases of Dask do not do this themselves
+    nodes = [None if node is None else _DelayedExpr(node) for node in (shared, same)]
+    return frame.map_partitions(_partition, *nodes, part, alive, meta=meta, enforce_metadata=False)
 
 
 def _partition(
