@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 import dmixed
 from dmixed import cli, grouped, keys, outputs
 from dmixed.errors import DataError, NotSupportedError
+from dmixed.inference import cells
 from dmixed.lookup import Errors, Known, Lookup, TermEffects
+from dmixed.nested import SparseMeans
 
 N = 240
 Z975 = 1.959963984540054
@@ -172,6 +174,23 @@ def test_population_errors(one, data):
     assert list(one.predict(data, interval="confidence")) == ["predicted", "lower", "upper"]
     bare = data[["x", "f"]]
     assert one.predict(bare, se=True)["se"].equals(found["se"])
+
+
+def test_many_crossed_levels(monkeypatch):
+    rng = np.random.default_rng(11)
+    d = pd.DataFrame({"x": rng.normal(size=900), "f": rng.choice(["a", "b"], 900)})
+    d["g"], d["h"] = rng.integers(0, 120, 900), rng.integers(0, 60, 900)
+    d["y"] = d.x + rng.normal(size=120)[d.g] + rng.normal(size=60)[d.h] + rng.normal(size=900)
+    result = dmixed.lmer("y ~ x + f + (1 | g) + (1 | h)", d)
+    assert isinstance(result._prepared.problem.factors.parts[0].abar, SparseMeans)
+    found = result.predict(d, groups=True, se=True)
+    mean, error = mixed_model_equations(result, d, d, {("g",): ["1"], ("h",): ["1"]})
+    assert np.allclose(found["predicted"], mean, rtol=0, atol=1e-9)
+    assert np.allclose(found["se"], error, rtol=1e-9)
+    monkeypatch.setattr(cells, "MAX_NUMBERS", 1000)
+    again = dmixed.lmer("y ~ x + f + (1 | g) + (1 | h)", d)
+    with pytest.raises(NotSupportedError, match="7,200 numbers: too many"):
+        again.predict(d, groups=True, se=True)
 
 
 def test_crossed_levels_never_seen_together(data):

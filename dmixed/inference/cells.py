@@ -27,7 +27,7 @@ from dmixed.levels import Index, clusters
 from dmixed.nested import Bucket, SparseMeans, predictor, solve
 from dmixed.onelevel import GROUPS, OneLevel, solved
 
-MAX_NUMBERS = 2**28
+MAX_NUMBERS = 2**27
 """Numbers in the covariances of the leaves of one cluster with all its other levels."""
 
 
@@ -245,7 +245,7 @@ def _bucket(
         weight = tau2 * at.om[g, leaf]
         slope[cells, l_] = weight[:, None] * at.rho[g, leaf, :p]
         Ma = part.abar.times(groups, M)  # (g, n, r)
-        spread = np.einsum("gnr,gnr->gn", Ma, _dense(part, groups))
+        spread = _quadratic(part, groups, Ma)
         own_variance = tau2 / (1.0 + tau2 * part.d[groups][g, leaf])
         cov[cells, l_, l_] = own_variance + weight**2 * spread[g, leaf]
         for i in columns:
@@ -254,8 +254,8 @@ def _bucket(
             cov[cells[both], i, l_] = cov[cells[both], l_, i] = cross
 
 
-def _dense(part: Bucket, groups: slice) -> Floats:
-    """The leaves' means (g, n, r)."""
+def _quadratic(part: Bucket, groups: slice, Ma: Floats) -> Floats:
+    """``abar'M abar`` of each leaf (g, n), given ``abar M`` (g, n, r)."""
     if isinstance(part.abar, SparseMeans):
-        return np.asarray(part.abar.matrix.toarray())[None]
-    return part.abar.values[groups]
+        return np.asarray(part.abar.matrix.multiply(Ma[0]).sum(axis=1)).reshape(1, -1)
+    return np.asarray(np.einsum("gnr,gnr->gn", Ma, part.abar.values[groups]))
