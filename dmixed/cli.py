@@ -14,7 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -181,6 +181,14 @@ def fit(
         ),
     ] = None,
     out: Out = None,
+    save: Annotated[
+        str | None,
+        typer.Option(
+            "--save",
+            metavar="DIR",
+            help="Save the fit to this new or empty local directory, for dmixed predict.",
+        ),
+    ] = None,
     progress: Shown = None,
     verbose: Verbose = 0,
 ) -> None:
@@ -209,10 +217,84 @@ def fit(
                 progress=progress,
             )
 
+    if save is not None:
+        with _errors_in_one_line():
+            check_free(Path(save).resolve(), f"--save {save}")
     with _log(verbose):
         result = _run(call, out)
     typer.echo(result.summary())
     _finish(result, out)
+    if save is not None:
+        with _errors_in_one_line():
+            result.save(save)
+
+
+class NewGroups(StrEnum):
+    """What to do with rows of groups that the fit has not seen."""
+
+    population = "population"
+    nan = "nan"
+    error = "error"
+
+
+class Interval(StrEnum):
+    """Limits of predictions."""
+
+    confidence = "confidence"
+    prediction = "prediction"
+
+
+@app.command(epilog=app.info.epilog)
+def predict(
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="DIR", help="A fit that dmixed fit --save wrote."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="URI", help="Parquet, as for dmixed fit."),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            metavar="URI",
+            help="New or empty directory, local or a URI, for one Parquet file per part of the "
+            "data and, when all are there, _manifest.json.",
+        ),
+    ],
+    groups: Annotated[
+        bool,
+        typer.Option("--groups/--population", help="With the random effects of groups, or not."),
+    ] = True,
+    new_groups: Annotated[
+        NewGroups,
+        typer.Option("--new-groups", help="Rows of groups that the fit has not seen."),
+    ] = NewGroups.population,
+    se: Annotated[bool, typer.Option("--se", help="Add standard errors.")] = False,
+    interval: Annotated[
+        Interval | None,
+        typer.Option("--interval", help="Add limits of the mean, or of a new response."),
+    ] = None,
+    alpha: Annotated[float, typer.Option("--alpha", help="Limits are at level 1 - alpha.")] = 0.05,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", metavar="ADDRESS", help="As for dmixed fit."),
+    ] = None,
+) -> None:
+    """Predict rows of Parquet data with a fit that was saved, and write them."""
+    with _errors_in_one_line(), _client(scheduler) as client:
+        result = MixedLMResults.load(model)
+        with nullcontext() if client is None else client.as_current():
+            result.predict(
+                data,
+                groups=groups,
+                new_groups=new_groups.value,
+                se=se,
+                interval=None if interval is None else interval.value,
+                alpha=alpha,
+                out=out,
+            )
 
 
 @app.command(epilog=app.info.epilog)

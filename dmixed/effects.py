@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from dmixed import keys
@@ -144,6 +145,74 @@ class Effects:
                 return f"{self.prepared.bars[block].component}[{name}]"
             base += term.n_levels * times
         raise IndexError(effect)
+
+    def _effect_names(self, block: int, effects: Index) -> list[str]:
+        """Names of effects of a component, see `effect_name`."""
+        names: list[str] = []
+        for i in self.prepared.members(block):
+            term, design = self.prepared.problem.terms[i], self.prepared.terms[i]
+            labels = self.prepared.levels[i]
+            columns = [array.to_pylist() for array in labels.arrays]
+            own = [j for j, n in enumerate(labels.names) if n.startswith(VC_LEVEL)]
+            for values in zip(*columns, strict=True):
+                for j in range(term.T.shape[1] if term.repeated else 1):
+                    shown = str(values[own[0]]) if own else component_column(design, values, j)
+                    names.append(shown.replace(VC_COLUMN, ""))
+        component = self.prepared.bars[block].component
+        return [f"{component}[{names[e]}]" for e in effects.tolist()]
+
+    # ------------------------------------------------------------------ tables
+
+    def table(
+        self, blocks: Sequence[int], names: Sequence[str], values: Any, variances: Any
+    ) -> pa.Table:
+        """Effects of the bars of one factor, or of a component, a row per level.
+
+        Parameters
+        ----------
+        names
+            of the columns of all the blocks
+        values, variances
+            per block of the model (n_effects, q_j); no standard errors if the latter is None
+
+        Returns
+        -------
+        key columns, the effects, ``se(...)`` of each, and ``rows`` of the level, in canonical
+        order
+        """
+        first = self.prepared.members(blocks[0])[0]
+        columns: dict[str, Any] = {}
+        if self.prepared.bars[blocks[0]].component is None:
+            order = self.level_order(first)
+            labels = self.prepared.levels[first].take(order)
+            rows = self._level_sizes(first)[order]
+        else:
+            order, group = self.component_order(blocks[0])
+            labels = self.prepared.groups.take(self.group_order[group])
+            columns["effect"] = self._effect_names(blocks[0], order)
+            rows = np.concatenate(
+                [self._level_sizes(i, True) for i in self.prepared.members(blocks[0])]
+            )[order]
+        own = np.hstack([values[block][order] for block in blocks])
+        columns |= dict(zip(names, own.T, strict=True))
+        if variances is not None:
+            square = np.hstack([variances[block][order] for block in blocks])
+            shown = [f"se({name})" for name in names]
+            columns |= dict(zip(shown, np.sqrt(np.maximum(square, 0.0)).T, strict=True))
+        columns["rows" if "rows" not in columns else "rows of the level"] = rows
+        taken = set(columns)
+        key = [f"group {name}" if name in taken else name for name in labels.names]
+        return pa.table({**dict(zip(key, labels.arrays, strict=True)), **columns})
+
+    def _level_sizes(self, i: int, copies: bool = False) -> Index:
+        """Rows of each level of a term, or of each of its effects."""
+        term, counts = self.prepared.problem.terms[i], self.prepared.here.group.counts
+        used = term.codes >= 0
+        sums = np.bincount(term.codes[used], counts[used], minlength=term.n_levels)
+        rows = np.asarray(np.rint(sums), dtype=np.int64)
+        return np.repeat(rows, term.T.shape[1]) if copies and term.repeated else rows
+
+    # ------------------------------------------------------------------ effects of a group
 
     def of_group(self, place: int, re_names: list[str]) -> list[tuple[int, int, int, str]]:
         """Effects of a group by its place in canonical order: block, effect, column, name.

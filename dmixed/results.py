@@ -5,39 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 
-from dmixed import prediction, storage
-from dmixed.dispatch import running
-from dmixed.effects import ByLabel
-from dmixed.errors import NotSupportedError
-from dmixed.inference.random_effects import (
-    conditional_covariances,
-    conditional_modes,
-    joint_covariance,
-)
+from dmixed import storage
 from dmixed.notes import fit_notes
 from dmixed.params import MixedLMParams
-from dmixed.sources import Source, open_source
+from dmixed.predicted import Predicted
 from dmixed.summary import Summary, summarise
-from dmixed.tested import Tested
 
 
 @dataclass(frozen=True, eq=False)
-class MixedLMResults(Tested):
+class MixedLMResults(Predicted):
     """Estimates of a linear mixed model, its random effects, tests and predictions.
 
     See `Estimated` for the scales. Attributes and methods have statsmodels' names; what lme4
     calls otherwise is there as well (``varcorr()``, ``ranef()``, ``theta``, ``singular``).
     """
 
-    _source: Source | None = field(repr=False, default=None)
-    _client: Any = field(repr=False, default=None)
     _model: Any = field(repr=False, default=None)
     _history: tuple[Any, ...] | None = field(repr=False, default=None)
     _given: Mapping[str, Any] = field(repr=False, default_factory=dict)
@@ -102,172 +88,11 @@ class MixedLMResults(Tested):
         """One dictionary on how the optimum was found, after ``fit(full_output=True)``."""
         return None if self._history is None else [dict(x) for x in self._history]
 
-    # ----------------------------------------------------------------------------- random effects
-
-    @cached_property
-    def _modes(self) -> tuple[NDArray[np.float64], ...]:
-        found, _ = self._estimates, self._prepared.here
-        return conditional_modes(self._prepared.problem, found.root, found.working_beta)
-
-    def ranef(self) -> Any:
-        """Conditional modes (BLUPs), user units, levels in canonical order.
-
-        Returns
-        -------
-        with one grouping factor a DataFrame (G, k_re), one row per group; with several a dict of
-        them by factor (``"g"``, ``"h:g"``, the name of a variance component)
-        """
-        tables = self._by_factor(lambda block, order: self._modes[block][order])
-        return tables if len(tables) > 1 else next(iter(tables.values()))
-
-    def ranef_cov(self) -> dict[str, NDArray[np.float64]]:
-        """Conditional covariances of the effects of each level given beta and the variances.
-
-        Returns
-        -------
-        label of each bar or component -> (levels, q, q), user units, levels as in ``ranef()``
-        """
-        problem, found, _ = self._prepared.problem, self._estimates, self._prepared.here
-        return {
-            bar.label: conditional_covariances(problem, found.root, found.sigma2, block)[
-                self._block_order(block)
-            ]
-            for block, bar in enumerate(self._prepared.bars)
-        }
-
-    def _block_order(self, block: int) -> NDArray[np.intp]:
-        if self._prepared.bars[block].component is not None:
-            return self._effects.component_order(block)[0]
-        (term,) = self._prepared.members(block)
-        return self._effects.level_order(term)
-
-    def _by_factor(self, values: Any) -> dict[str, pd.DataFrame]:
-        """Tables of effects by factor: the bars of a factor side by side."""
-        tables: dict[str, pd.DataFrame] = {}
-        names = iter(self._column_names)
-        for block, bar in enumerate(self._prepared.bars):
-            order = self._block_order(block)
-            table = values(block, order)
-            if bar.component is not None:
-                index = pd.Index([self._effects.effect_name(block, int(e)) for e in order])
-                _, group = self._effects.component_order(block)
-                labels = self._effects.group_index[group]
-                index = pd.MultiIndex.from_arrays(
-                    [labels, index], names=[self.group_name, "effect"]
-                )
-                tables[bar.label] = pd.DataFrame(table, index, [bar.label])
-                continue
-            (term,) = self._prepared.members(block)
-            label = ":".join(self._prepared.levels[term].names)
-            own = pd.DataFrame(
-                table, self._effects.level_index(term), [next(names) for _ in bar.names]
-            )
-            tables[label] = own if label not in tables else pd.concat([tables[label], own], axis=1)
-            if tables[label].columns.duplicated().any():
-                tables[label].columns = self._told_apart(label)
-        return tables
-
-    def _told_apart(self, factor: str) -> list[str]:
-        """Columns of the bars of one factor so far, with their bars' labels."""
-        bars = [bar for bar in self._prepared.bars if bar.label.split(".")[0] == factor]
-        return [f"{bar.label}: {name}" for bar in bars for name in bar.names]
-
-    def _within_groups(self) -> None:
-        if not self._effects.within_groups:
-            raise NotSupportedError(
-                "random_effects lists the effects of each group, but the factors "
-                f"{', '.join(self.factors)} have levels of their own: use ranef()"
-            )
-
-    @property
-    def random_effects(self) -> dict[Any, pd.Series]:
-        """BLUPs by group label, made when asked for: the bar's columns, then ``vc[column]``."""
-        self._within_groups()
-        return ByLabel(self._effects.group_index, self._series)
-
-    @property
-    def random_effects_cov(self) -> dict[Any, pd.DataFrame]:
-        """Conditional covariance of the random effects given y and the estimates, by label."""
-        self._within_groups()
-        return ByLabel(self._effects.group_index, self._covariance)
-
-    def _series(self, place: int, label: Any) -> pd.Series:
-        own = self._effects.of_group(place, self._re_names)
-        values = [self._modes[block][effect, a] for block, effect, a, _ in own]
-        return pd.Series(values, [name for *_, name in own], name=label, dtype=np.float64)
-
-    def _covariance(self, place: int, label: Any) -> pd.DataFrame:
-        del label
-        own = self._effects.of_group(place, self._re_names)
-        position = {(block, effect, a): i for i, (block, effect, a, _) in enumerate(own)}
-        cov, found = np.zeros((len(own), len(own))), self._estimates
-        for cluster in self._effects.clusters_of_group(place):
-            joint = joint_covariance(self._prepared.problem, found.root, found.sigma2, int(cluster))
-            where = [position[block, effect, a] for block, effect, a in joint.effects.tolist()]
-            cov[np.ix_(where, where)] = joint.cov
-        names = [name for *_, name in own]
-        return pd.DataFrame(cov, names, names)
-
-    # ----------------------------------------------------------------------------- rows
-
-    @property
-    def fittedvalues(self) -> Any:
-        """Fixed part plus BLUPs plus offset, of the rows used; reads the rows again."""
-        return self._plain(self._rows.fitted)
-
-    @property
-    def resid(self) -> Any:
-        """Response minus ``fittedvalues``."""
-        return self._plain(self._rows.response - self._rows.fitted)
-
-    def _plain(self, values: pd.Series) -> Any:
-        return values.to_numpy(copy=True) if self._names.plain else values.copy()
-
-    @cached_property
-    def _rows(self) -> prediction.Rows:
-        if self._source is None:
-            raise AttributeError(
-                "the rows do not travel with a stored result: use predict(data) on them"
-            )
-        found = self._estimates
-        return prediction.used_rows(
-            self._prepared, found.beta, self._modes, self._source, running(self._client)
-        )
-
     def remove_data(self) -> None:
         """Forget the rows: what needs them again raises, everything else stays."""
         object.__setattr__(self, "_source", None)
         object.__setattr__(self, "_model", None)
         self.__dict__.pop("_rows", None)
-
-    def predict(self, exog: Any = None, transform: bool = True, storage_options: Any = None) -> Any:
-        """Fixed part X beta of rows (population level, without offset and random effects).
-
-        Parameters
-        ----------
-        exog
-            anything that can be fitted; only the columns of the fixed part are needed. With a
-            model of arrays, or ``transform=False``, an (n, p) design matrix. None means the rows
-            of the fit.
-
-        Returns
-        -------
-        (n,) Series (array for a model of arrays), NaN where a covariate is missing; units of y
-
-        Raises
-        ------
-        DataError
-            a level that the fit has not seen, a missing column
-        """
-        if exog is not None and (self._names.plain or self._names.fixed or not transform):
-            return prediction.fixed_part(exog, self._estimates.beta, self._fixed_names)
-        source = self._source if exog is None else open_source(exog, storage_options)
-        if source is None:
-            raise AttributeError("the rows do not travel with a stored result: give new data")
-        found = prediction.population(
-            self._prepared, self._estimates.beta, source, running(self._client)
-        )
-        return self._plain(found)
 
     # ----------------------------------------------------------------------------- presentation
 

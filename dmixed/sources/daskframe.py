@@ -97,6 +97,10 @@ class DaskSource:
         """None."""
         return None
 
+    def selected(self, columns: Sequence[str]) -> dd.DataFrame:
+        """Return the frame with some columns only, read as they are declared."""
+        return self._select(check_columns(columns, self.columns))
+
     def _select(self, names: Sequence[str]) -> dd.DataFrame:
         """Return the frame with some columns only, of which a partition may lack some.
 
