@@ -19,6 +19,7 @@ from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather, in_threads, one_blas_thread, unique_key
 from dmixed.errors import NotSupportedError
 from dmixed.factors import Coordinates, Factors, Shard, Within, one_level
+from dmixed.keys import Labels
 from dmixed.likelihood import profile_terms
 from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS, OneLevel
@@ -120,6 +121,12 @@ class RemoteMoments:
         """Number of cells."""
         return self.summary.totals.n_groups
 
+    def no_labels(self) -> Labels:
+        """Labels of none of the cells, in their types."""
+        first = self.client.submit(_no_labels, self.futures[0], pure=False)
+        found: Labels = gather(self.client, [first])[0]
+        return found
+
     def each(self, function: Callable[..., Any], *others: Sequence[Any], **options: Any) -> Any:
         """Futures of ``function(moments, *other, **options)`` of every shard."""
         return self.client.map(
@@ -131,6 +138,10 @@ class RemoteMoments:
             "moments on the workers of a cluster cannot be pickled: fit with "
             'evaluate_on="driver", or write what you need (`ranef_table(out=...)`, `to_dict()`)'
         )
+
+
+def _no_labels(moments: Moments) -> Labels:
+    return moments.labels.first(0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,15 +14,22 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dmixed.collect import Moments
+from dmixed.dispatch import gather, one_blas_thread
 from dmixed.effects import ByLabel
 from dmixed.errors import NotSupportedError
+from dmixed.evaluation import RemoteMoments
+from dmixed.factors import Shard
+from dmixed.fitting import Estimates
 from dmixed.inference.cells import effect_variances
 from dmixed.inference.random_effects import (
     conditional_covariances,
     conditional_modes,
     joint_covariance,
 )
-from dmixed.places import File, new_place, part_name
+from dmixed.naming import Names
+from dmixed.places import File, Place, new_place, part_name
+from dmixed.preparation import Outline
 from dmixed.tested import Tested
 
 FILE_ROWS = 2**20
@@ -86,8 +93,12 @@ class Grouped(Tested):
         Returns
         -------
         key columns, effects (user units), their standard errors, and ``rows`` of the level: a
-        DataFrame, or with several factors a dict of them by factor; with ``out`` its path
+        DataFrame, or with several factors a dict of them by factor; with ``out`` its path.
+        Where the groups are on the workers of a cluster, a Dask DataFrame, and files that the
+        workers write, in canonical order within each only.
         """
+        if self._prepared.shards:
+            return self._remote_table(condvar, out, storage_options)
         tables = dict(self._effect_tables(condvar))
         if out is not None:
             with new_place(out, storage_options) as place:
@@ -105,6 +116,49 @@ class Grouped(Tested):
             return place.location
         frames = {label: table.to_pandas(date_as_object=True) for label, table in tables.items()}
         return frames if len(frames) > 1 else next(iter(frames.values()))
+
+    # ------------------------------------------------------------------ groups on workers
+
+    def _each_shard(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
+        """Futures of a method of the results of each shard, with its own arguments."""
+        prepared = self._prepared
+        moments = prepared.moments
+        assert isinstance(moments, RemoteMoments)
+        n = len(prepared.shards)
+        return list(
+            moments.each(
+                *(_on_shard, prepared.shards, list(zip(*arguments, strict=True)) or [()] * n),
+                kind=type(self),
+                outline=prepared.outline,
+                found=self._estimates,
+                names=self._names,
+                method=method,
+            )
+        )
+
+    def _remote_table(self, condvar: bool, out: Any, storage_options: Any) -> Any:
+        n, moments = len(self._prepared.shards), self._prepared.moments
+        assert isinstance(moments, RemoteMoments)
+        if out is None:
+            import dask.dataframe as dd  # seconds to import, and this is the only use
+
+            frames = self._each_shard("_table_frame", [condvar] * n)
+            return dd.from_delayed(frames, verify_meta=False)
+        with new_place(out, storage_options) as place:
+            numbers = [part_name(i) for i in range(n)]
+            written = self._each_shard("_write_table", [condvar] * n, [place] * n, numbers)
+            found = gather(moments.client, written)
+            place.finish([file for file, _ in found], found[0][1], self.formula)
+        return place.location
+
+    def _table_frame(self, condvar: bool) -> pd.DataFrame:
+        ((_, table),) = self._effect_tables(condvar)
+        frame: pd.DataFrame = table.to_pandas(date_as_object=True)
+        return frame
+
+    def _write_table(self, condvar: bool, place: Place, name: str) -> tuple[File, dict[str, str]]:
+        ((_, table),) = self._effect_tables(condvar)
+        return place.write(name, table), {x.name: str(x.type) for x in table.schema}
 
     def _effect_tables(self, condvar: bool) -> Iterator[tuple[str, pa.Table]]:
         """Table of each factor and component."""
@@ -199,6 +253,23 @@ class Grouped(Tested):
             cov[np.ix_(where, where)] = joint.cov
         names = [name for *_, name in own]
         return pd.DataFrame(cov, names, names)
+
+
+@one_blas_thread
+def _on_shard(
+    moments: Moments,
+    shard: Shard,
+    arguments: Sequence[Any],
+    *,
+    kind: type[Grouped],
+    outline: Outline,
+    found: Estimates,
+    names: Names,
+    method: str,
+) -> Any:
+    """A method of the results of one shard."""
+    result = kind(outline.of(moments, shard), found, names)
+    return getattr(result, method)(*arguments)
 
 
 def _plain_name(label: str) -> str:

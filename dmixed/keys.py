@@ -55,6 +55,11 @@ class Labels:
         """Labels at these positions, in this order."""
         return Labels(self.names, tuple(a.take(pa.array(positions)) for a in self.arrays))
 
+    def columns(self, positions: Sequence[int]) -> Labels:
+        """Some of the key columns, which tell the groups apart as well."""
+        names = tuple(self.names[j] for j in positions)
+        return Labels(names, tuple(self.arrays[j] for j in positions))
+
     def first(self, n: int) -> Labels:
         """The first n labels."""
         return Labels(self.names, tuple(a.slice(0, n) for a in self.arrays))

@@ -150,6 +150,8 @@ def _node(value: Any, client: Any = None) -> tuple[Any, _Alive]:
     if value is None:
         return None, _Alive()
     key, future = f"dmixed-shared-{uuid4().hex}", None
+    if hasattr(value, "client") and hasattr(value, "status"):  # a future already
+        return delayed(value, name=key, pure=False, traverse=False), _Alive(value)
     if client is not None and getattr(value, "nbytes", 0) > SENT_AHEAD:
         value = future = client.scatter([value], hash=False)[0]
     return delayed(value, name=key, pure=False, traverse=False), _Alive(future)

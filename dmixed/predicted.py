@@ -13,8 +13,9 @@ import pandas as pd
 import pyarrow as pa
 
 from dmixed import outputs, prediction
-from dmixed.dispatch import running
+from dmixed.dispatch import RETRIES, running
 from dmixed.errors import DataError, NotSupportedError
+from dmixed.evaluation import RemoteMoments
 from dmixed.formula.expressions import Name
 from dmixed.grouped import Grouped
 from dmixed.lookup import Errors, Lookup, make_errors, make_lookup, prior_covariance
@@ -70,8 +71,15 @@ class Predicted(Grouped):
         found = self._estimates
         return make_errors(self._prepared, found.root, found.sigma2, found.variances.Psi)
 
-    def _lookup(self, errors: bool) -> Lookup:
-        """Random effects by level, with what standard errors need if it is asked for."""
+    def _lookup(self, errors: bool) -> Any:
+        """Random effects by level, with what standard errors need if it is asked for.
+
+        Where the groups are on workers it is a future of their lookups, put together there.
+        """
+        moments = self._prepared.moments
+        if isinstance(moments, RemoteMoments):
+            parts = self._each_shard("_lookup", [errors] * len(self._prepared.shards))
+            return moments.client.submit(Lookup.concatenate, parts, pure=False, retries=RETRIES)
         found = self._effects_by_level
         return replace(found, errors=self._errors) if errors else found
 
@@ -243,7 +251,8 @@ class Predicted(Grouped):
 
     def _key_types(self, predictor: Predictor) -> dict[str, pa.DataType]:
         """Types of the key columns by the names they have in the data."""
-        labels = self._prepared.here.labels
+        prepared = self._prepared
+        labels = prepared.groups if prepared.shards else prepared.here.labels
         columns = predictor.groups or labels.names
         found = zip(columns, labels.arrays, strict=True)
         return {name: array.type for name, array in found if name is not None}

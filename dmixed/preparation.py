@@ -10,7 +10,6 @@ from operator import add
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from dmixed import keys
 from dmixed.blocks import CONSTANT
@@ -19,7 +18,14 @@ from dmixed.design import BarDesign, Design, TermDesign
 from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.errors import DataError, NotSupportedError
 from dmixed.evaluation import RemoteFactors, RemoteMoments, evaluated_here, remote_shards
-from dmixed.factors import DependentColumns, Problem, assembled, coordinates, problem
+from dmixed.factors import (
+    DependentColumns,
+    Problem,
+    Shard,
+    assembled,
+    coordinates,
+    problem,
+)
 from dmixed.levels import Index, Term, TooManyLevels
 from dmixed.onelevel import OneLevel
 
@@ -76,6 +82,13 @@ class Prepared:
             "come here one by one: write them with `ranef_table(out=...)` or "
             '`predict(data, groups=True, out=...)`, or fit with evaluate_on="driver"'
         )
+
+    @property
+    def outline(self) -> Outline:
+        """What the workers need to make a `Prepared` of each shard."""
+        factors = replace(self.problem.factors, parts=(), evaluated=(), elsewhere=None)
+        problem = replace(self.problem, factors=factors)
+        return Outline(self.design, self.bars, self.terms, problem)
 
     @property
     def n_groups(self) -> int:
@@ -138,9 +151,7 @@ def prepare(moments: Moments | RemoteMoments) -> Prepared:
     if isinstance(moments, RemoteMoments):
         return _remote(moments)
     design = moments.design
-    names = [key.name for key in design.spec.keys]
-    group_key = [names.index(name) for name in design.spec.formula.groups]
-    group_codes, groups = keys.subset(moments.labels, group_key)
+    group_codes, groups = keys.subset(moments.labels, _group_key(design))
     projected = [keys.subset(moments.labels, term.key) for term in design.terms]
     order = _block_order(design, [len(labels) for _, labels in projected])
     place = {bar: block for block, bar in enumerate(order)}
@@ -199,18 +210,53 @@ def _remote(moments: RemoteMoments) -> Prepared:
     found = assembled(totals, model, (), within, evaluated=evaluated)
     found = replace(found, factors=replace(found.factors, elsewhere=elsewhere))
     _check_response(design, found)
-    labels = keys.Labels(design.spec.group, tuple(pa.nulls(0) for _ in design.spec.group))
+    none = moments.no_labels()
     return Prepared(
         moments,
         design,
         bars,
         tuple(design.terms[i] for i in ranked),
-        (labels,) * len(ranked),
-        labels,
+        tuple(none.columns(design.terms[i].key) for i in ranked),
+        none.columns(_group_key(design)),
         nowhere,
         found,
         futures,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """What is the same for every shard of a model, see `Prepared`."""
+
+    design: Design
+    bars: tuple[BarDesign, ...]
+    terms: tuple[TermDesign, ...]
+    problem: Problem
+
+    def of(self, moments: Moments, shard: Shard) -> Prepared:
+        """The model on the groups of one shard, in the coordinates of all."""
+        codes = np.arange(moments.n_cells)
+        whole, labels = self.problem, moments.labels
+        terms = tuple(replace(t, codes=codes, n_levels=moments.n_cells) for t in whole.terms)
+        factors = replace(
+            whole.factors, parts=(shard.part,), evaluated=(shard.evaluated,), elsewhere=None
+        )
+        return Prepared(
+            moments,
+            self.design,
+            self.bars,
+            self.terms,
+            tuple(labels.columns(term.key) for term in self.terms),
+            labels.columns(_group_key(self.design)),
+            codes,
+            replace(whole, terms=terms, factors=factors),
+        )
+
+
+def _group_key(design: Design) -> list[int]:
+    """Positions of the keys of the model's groups."""
+    names = [key.name for key in design.spec.keys]
+    return [names.index(name) for name in design.spec.formula.groups]
 
 
 def _check_response(design: Design, found: Problem) -> None:

@@ -131,3 +131,35 @@ def test_what_cannot_be_evaluated_on_workers(cluster):
         dmixed.lmer(FORMULA, table(), evaluate_on="moon")
     with Client(cluster), pytest.raises(dmixed.NotSupportedError, match="one grouping factor"):
         dmixed.lmer("y ~ x + (1 | g/f)", table(), evaluate_on="workers")
+
+
+def by_group(frame):
+    return frame.set_index("g").sort_index()
+
+
+@pytest.mark.timeout(180)
+def test_outputs_of_groups_on_the_workers(cluster, threads, source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    new = table().drop(columns="y").assign(g=lambda d: d["g"].where(d.index % 9 > 0, "unknown"))
+    with Client(cluster) as client:
+        there = dmixed.lmer(FORMULA, source, client=client, evaluate_on="workers")
+        wanted = by_group(threads.ranef_table())
+        effects = there.ranef_table()
+        assert effects.npartitions > 1
+        pd.testing.assert_frame_equal(by_group(effects.compute()), wanted, atol=1e-8)
+        there.ranef_table(out=str(folder / "effects"))
+        pd.testing.assert_frame_equal(
+            by_group(pd.read_parquet(folder / "effects")), wanted, atol=1e-8
+        )
+        for options in ({}, {"se": True, "interval": "prediction"}):
+            a = threads.predict(new, groups=True, **options)
+            b = there.predict(new, groups=True, **options)
+            assert np.allclose(a, b, atol=1e-7, equal_nan=True)
+        there.predict(new, groups=True, se=True, out=str(folder / "predictions"))
+        found = pd.read_parquet(folder / "predictions")
+        errors = threads.predict(new, groups=True, se=True)["se"]
+        assert np.allclose(found["se"], errors, atol=1e-7, equal_nan=True)
+        assert np.allclose(there.fittedvalues, threads.fittedvalues, atol=1e-7)
+        lazy = there.predict(dd.from_pandas(new, npartitions=3), groups=True)
+        assert np.allclose(lazy.compute(), threads.predict(new, groups=True), equal_nan=True)
+        assert np.allclose(there.predict(new), threads.predict(new), equal_nan=True)
