@@ -24,10 +24,11 @@ import typer
 
 import dmixed
 from dmixed import example
-from dmixed.errors import ConvergenceWarning, DmixedError
+from dmixed.errors import ConvergenceWarning, DataError, DmixedError
 from dmixed.optimizer import SCIPY_METHODS
 from dmixed.records import check_free, new_directory
 from dmixed.results import MixedLMResults
+from dmixed.sources import parse_filter
 
 RESULT, RANDOM_EFFECTS = "result.json", "random_effects.parquet"
 
@@ -119,7 +120,8 @@ def fit(
         typer.Option(
             "--data",
             metavar="URI",
-            help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path.",
+            help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path; "
+            "or the directory of a Delta table.",
         ),
     ],
     formula: Annotated[
@@ -153,6 +155,15 @@ def fit(
             help="Rows with missing values: drop and count them, or stop with an error.",
         ),
     ] = Missing.drop,
+    conditions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="CONDITION",
+            help="Use only the rows where COLUMN OPERATOR VALUE holds, such as 'year >= 2024' or "
+            "\"site == 'a'\"; may be repeated, then all must hold.",
+        ),
+    ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -186,6 +197,10 @@ def fit(
         raise typer.BadParameter(
             f"{method!r} is not one of {', '.join(SCIPY_METHODS)}", param_hint="--method"
         )
+    try:
+        filters = [parse_filter(text) for text in conditions or ()]
+    except DataError as err:
+        raise typer.BadParameter(str(err), param_hint="--filter") from err
 
     def call() -> MixedLMResults:
         with _client(scheduler) as client:
@@ -198,6 +213,7 @@ def fit(
                 missing=missing.value,
                 client=client,
                 method=method,
+                filters=filters or None,
                 progress=progress,
             )
 

@@ -15,8 +15,8 @@ from dmixed.design import Batch, Design, DesignSpec, FactorLevels, block, learn,
 from dmixed.errors import DataError
 from dmixed.hashing import label_hashes
 from dmixed.index import LabelIndex
-from dmixed.moments import Accumulator, GroupMoments, combine
-from dmixed.sources import Part, load
+from dmixed.moments import Accumulator, GroupMoments, Totals, combine
+from dmixed.sources import Part, stream
 
 SUMS = 4
 """Sets of columns, as batches with other levels have them, that are summed side by side."""
@@ -38,6 +38,8 @@ class Moments:
         the numbers of each cell, see `GroupMoments`
     dropped
         rows dropped, by reason
+    sizes
+        cells of each shard, one after the other; empty for one shard
     """
 
     spec: DesignSpec
@@ -45,9 +47,10 @@ class Moments:
     labels: keys.Labels
     group: GroupMoments
     dropped: Mapping[str, int]
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        assert len(self.labels) == self.group.n_groups
+        assert len(self.labels) == self.group.n_groups == sum(self.sizes or (len(self.labels),))
 
     @property
     def nobs(self) -> int:
@@ -55,9 +58,25 @@ class Moments:
         return self.group.nobs
 
     @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.group.n_groups
+
+    @property
     def design(self) -> Design:
         """Names and coding of all columns, learned over all rows."""
         return learn(self.spec, self.levels, self.group.columns, self.group.unweighted, self.nobs)
+
+    @property
+    def summary(self) -> Summary:
+        """All but what belongs to single cells."""
+        return Summary(self.spec, self.levels, self.group.totals, self.dropped)
+
+    @property
+    def shards(self) -> list[GroupMoments]:
+        """Moments of the cells of each shard."""
+        ends = np.cumsum(self.sizes or (self.n_cells,)).tolist()
+        return [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets of rows; cells are aligned by label, columns by name."""
@@ -65,11 +84,34 @@ class Moments:
 
     def take(self, cells: NDArray[np.intp]) -> Moments:
         """Some of the cells; the sums over all rows stay as they are."""
-        return replace(self, labels=self.labels.take(cells), group=self.group.take(cells))
+        labels, group = self.labels.take(cells), self.group.take(cells)
+        return replace(self, labels=labels, group=group, sizes=())
 
     def __radd__(self, other: int) -> Moments:
         """``0 + moments``, with which ``sum`` begins."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Summary:
+    """What is known of all cells together, see `Moments`; kilobytes."""
+
+    spec: DesignSpec
+    levels: Mapping[str, FactorLevels]
+    totals: Totals
+    dropped: Mapping[str, int]
+
+    @property
+    def design(self) -> Design:
+        """Names and coding of all columns, learned over all rows."""
+        totals = self.totals
+        return learn(self.spec, self.levels, totals.columns, totals.unweighted, totals.nobs)
+
+    def __add__(self, other: Summary) -> Summary:
+        """Of both sets of cells, which are shards of the same moments."""
+        levels = _merged_levels([self.levels, other.levels])
+        dropped = _added([self.dropped, other.dropped])
+        return Summary(self.spec, levels, self.totals + other.totals, dropped)
 
 
 def parts_moments(
@@ -94,10 +136,12 @@ def parts_moments(
     """
     state = _State(spec, expected)
     for part, row0 in parts:
-        table = load(part, value)
-        state.add(block(spec, table, row0, part.name, state.index))
+        rows = nbytes = 0
+        for table in stream(part, value):
+            state.add(block(spec, table, row0 + rows, part.name, state.index))
+            rows, nbytes = rows + len(table), nbytes + table.nbytes
         if told is not None:
-            told(len(table), table.nbytes)
+            told(rows, nbytes)
     return state.moments()
 
 
@@ -168,7 +212,8 @@ def join(shards: Sequence[Moments]) -> Moments:
     labels = keys.concatenate([shard.labels for shard in shards])
     group = combine([shard.group for shard in shards], cells, ends[-1])
     levels = _merged_levels([shard.levels for shard in shards])
-    return Moments(shards[0].spec, levels, labels, group, _added([s.dropped for s in shards]))
+    dropped = _added([shard.dropped for shard in shards])
+    return Moments(shards[0].spec, levels, labels, group, dropped, tuple(sizes))
 
 
 def _merged_levels(parts: Sequence[Mapping[str, FactorLevels]]) -> dict[str, FactorLevels]:

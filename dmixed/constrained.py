@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from dmixed.covariance import Blocks
-from dmixed.executor import one_blas_thread
+from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.factors import Problem, problem
 from dmixed.fitting import (
     Estimates,
@@ -104,8 +104,9 @@ def _split(prepared: Prepared, parts: list[Piece]) -> Problem:
         for term in (t for t in whole.terms if t.block == part.block):
             T = term.T * N[0, 0] if term.repeated else (term.T @ N)[:, own]
             terms.append(Term(j, T, term.codes, term.n_levels, term.repeated))
-    moments, design = prepared.moments.group, prepared.design
-    found = problem(moments, design.T_fixed, design.t_response, terms)
+    moments, design = prepared.here.group, prepared.design
+    columns, shards = (design.T_fixed, design.t_response), prepared.here.shards
+    found = problem(moments, *columns, terms, shards, in_threads)
     still = tuple(j for j, part in enumerate(parts) if part.kind == "held")
     moving = Blocks(found.factors.blocks.sizes, tuple(sorted({*found.factors.blocks.held, *still})))
     return replace(found, factors=replace(found.factors, blocks=moving))

@@ -28,6 +28,9 @@ class Effects:
 
     prepared: Prepared
 
+    def __post_init__(self) -> None:
+        _ = self.prepared.here
+
     # ------------------------------------------------------------------ the model's groups
 
     @cached_property
@@ -43,7 +46,7 @@ class Effects:
     @cached_property
     def group_sizes(self) -> Index:
         """(G,) rows of each group, in canonical order."""
-        counts = self.prepared.moments.group.counts
+        counts = self.prepared.here.group.counts
         sums = np.bincount(self.prepared.group_codes, counts, minlength=len(self.prepared.groups))
         return np.asarray(np.rint(sums), dtype=np.int64)[self.group_order]
 
@@ -105,7 +108,7 @@ class Effects:
         times = term.T.shape[1] if term.repeated else 1
         there = np.ones((term.n_levels, times), np.bool_)
         own = [j for j, name in enumerate(design.names) if name.strip("`").startswith(VC_COLUMN)]
-        moments, used = self.prepared.moments.group.absolute, term.codes >= 0
+        moments, used = self.prepared.here.group.absolute, term.codes >= 0
         for j in own if term.repeated else ():
             w = term.T[list(moments.random), j]
             square = np.einsum("a,nab,b->n", w, moments.WtF[:, :, list(moments.random)], w)
@@ -203,7 +206,7 @@ class Effects:
 
     def _level_sizes(self, i: int, copies: bool = False) -> Index:
         """Rows of each level of a term, or of each of its effects."""
-        term, counts = self.prepared.problem.terms[i], self.prepared.moments.group.counts
+        term, counts = self.prepared.problem.terms[i], self.prepared.here.group.counts
         used = term.codes >= 0
         sums = np.bincount(term.codes[used], counts[used], minlength=term.n_levels)
         rows = np.asarray(np.rint(sums), dtype=np.int64)

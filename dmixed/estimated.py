@@ -66,7 +66,7 @@ class Estimated:
     @property
     def n_groups(self) -> int:
         """The model's groups: in an lme4 formula those of the first bar."""
-        return len(self._prepared.groups)
+        return self._prepared.n_groups
 
     @property
     def group_name(self) -> str:
@@ -77,6 +77,11 @@ class Estimated:
     def group_sizes(self) -> NDArray[np.int64]:
         """(G,) rows per group, in the order of the labels."""
         return self._effects.group_sizes.copy()
+
+    @property
+    def group_size_range(self) -> tuple[int, int, float]:
+        """Rows of the smallest and of the largest group, and their mean."""
+        return self._prepared.group_sizes
 
     @property
     def factors(self) -> dict[str, int]:

@@ -1,43 +1,41 @@
-"""The only module that moves things between threads, processes and machines.
+"""The pass: from the parts of a source to moments, on any Dask scheduler.
 
-The pass is a graph of pure tasks: each task makes the moments of a run of parts, and a tree
-whose shape depends on the number of parts alone adds them, four at a time; no row is shuffled,
-and what arrives is one `Moments`. Evaluations walk fixed slices of groups in threads and add the
-terms in order.
+A graph of pure tasks: each task makes the moments of a run of parts, and trees whose shape
+depends on the data alone add them, shard by shard where they are large; no row is shuffled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial, reduce
+from functools import partial, reduce
 from operator import add, getitem
-from threading import Lock
 from typing import Any, TypeVar
-from uuid import uuid4
 
-import dask
 import pyarrow as pa
 from dask.delayed import Delayed, delayed
-from threadpoolctl import ThreadpoolController
 
-from dmixed.blocks import Floats
-from dmixed.collect import Moments, join, merge, parts_moments, split
+from dmixed.collect import Moments, Summary, join, merge, parts_moments, split
 from dmixed.design import DesignSpec
-from dmixed.errors import DmixedError
-from dmixed.factors import Factors
+from dmixed.dispatch import RETRIES, compute, gather, one_blas_thread, persisted, unique_key
+from dmixed.errors import DmixedError, NotSupportedError
+from dmixed.evaluation import RemoteMoments
 from dmixed.formula.expressions import columns_of
-from dmixed.likelihood import profile_terms
-from dmixed.nested import Bucket
-from dmixed.onelevel import GROUPS
-from dmixed.planning import SAMPLE_ROWS, Layout, group_bytes, layout, sample_keys
+from dmixed.planning import (
+    SAMPLE_ROWS,
+    Layout,
+    divisible,
+    group_bytes,
+    layout,
+    sample_keys,
+    with_ranges,
+)
 from dmixed.progress import Report
 from dmixed.sources import Part, Source, load
-from dmixed.terms import ProfileTerms
 
 T = TypeVar("T")
+
 SPLIT_EVERY = 4
 """States added by one task of the tree."""
 
@@ -53,77 +51,8 @@ PIECE = "split-stage"
 Tasks of unknown length are moved to idle workers, and here the whole state with them.
 """
 
-POLL = 0.5
-"""Seconds after which a pass looks whether it is to be stopped."""
-
-RETRIES = 3
-"""Times that a cluster repeats a task that failed for reasons of its own."""
-
-SLICE = 16 * GROUPS
-"""Groups of one factor evaluated by one task."""
-
-FEW_CLUSTERS = 1024
-"""Clusters in all that are not worth the threads, if every bucket is a single chunk."""
-
-TASK_CHUNKS = 16
-"""Chunks of clusters evaluated by one task."""
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    """The BLAS libraries of this process; finding them takes longer than a small fit."""
-    return ThreadpoolController()
-
-
-class _OneThread(contextlib.ContextDecorator):
-    """One thread for BLAS while anybody computes: tasks are the parallelism.
-
-    The limit belongs to the process: the first to enter sets it, the last to leave lifts it.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._limit = Lock(), 0, contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._limit.enter_context(_blas().limit(limits=1))
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._limit.close()
-
-
-one_blas_thread = _OneThread()
-
-
-def find_client(client: Any = None) -> Any:
-    """The client to use: the one given, the current one, or None for threads in this process."""
-    if client is None and "distributed" in sys.modules:
-        from distributed import get_client
-
-        with contextlib.suppress(ValueError):
-            client = get_client()
-    if client is not None and not hasattr(client, "scheduler_info"):
-        raise DmixedError(
-            f"client is {client!r}: it must be a distributed.Client, made for example with "
-            'Client("tcp://host:port")'
-        )
-    if client is not None and client.status in ("closed", "closing"):
-        raise DmixedError("the client is closed: make a new one, or leave client= out for threads")
-    if client is not None and getattr(client, "asynchronous", False):
-        raise DmixedError(
-            "the client is asynchronous: dmixed needs one made with Client(asynchronous=False)"
-        )
-    return client
-
-
-def running(client: Any) -> Any:
-    """The client if it still has a cluster, else the current one or None."""
-    return client if getattr(client, "status", None) == "running" else find_client()
+DRIVER = 200 * 10**6
+"""Bytes of moments that are brought from a cluster and evaluated in this process."""
 
 
 def collect(
@@ -132,27 +61,57 @@ def collect(
     pilot: pa.Table,
     client: Any = None,
     report: Report | None = None,
-) -> Moments:
+    where: str = "auto",
+) -> Moments | RemoteMoments:
     """One pass over the rows of a source.
 
     Parameters
     ----------
     pilot
         some rows with the columns of the spec
+    where
+        "driver" brings the moments here, "workers" leaves them on a cluster, "auto" decides by
+        their size
 
     Raises
     ------
     DmixedError
         from the parts, naming the file or partition; or the cluster lost its workers
     """
-    parts = source.parts(spec.columns)
-    plan = _layout(spec, source, parts, pilot, client)
+    parts = source.parts(spec.columns, _key_columns(spec))
+    remote = where == "workers"
+    if remote:
+        _check_remote(spec, client)
+    plan = _layout(spec, source, parts, pilot, client, remote)
     numbered = list(zip(parts, _starts(parts), strict=True))
     with _told(report, len(parts), client) as topic:
         read = partial(_parts_moments, spec, plan.expected, topic)
         tasks = [_task(read, numbered[run.start : run.stop], MOMENTS) for run in plan.runs]
-        found = compute(_shards(tasks, plan), client, report)
+        shards = _shards(tasks, plan)
+        if client is None:
+            found = compute(shards)
+        else:
+            futures = persisted(client, shards, report)
+            summaries = gather(client, client.map(_summary, futures, pure=False, retries=RETRIES))
+            nbytes = sum(summary.totals.nbytes for summary in summaries)
+            if remote or (where == "auto" and plan.shards > 1 and nbytes > DRIVER):
+                return RemoteMoments(reduce(add, summaries), tuple(futures), client)
+            found = gather(client, futures)
     return found[0] if len(found) == 1 else join(found)
+
+
+def _check_remote(spec: DesignSpec, client: Any) -> None:
+    if client is None:
+        raise DmixedError('evaluate_on="workers" needs a cluster: pass client=, or make a Client')
+    if not divisible(spec):
+        raise NotSupportedError(
+            'evaluate_on="workers" needs one grouping factor: the levels of several factors are '
+            'solved for together; use evaluate_on="driver"'
+        )
+
+
+def _summary(moments: Moments) -> Summary:
+    return moments.summary
 
 
 def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
@@ -161,25 +120,37 @@ def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
         return [_tree(tasks)]
     states = [_tree(tasks[i : i + plan.bunch]) for i in range(0, len(tasks), plan.bunch)]
     divided = [
-        delayed(split, pure=False)(state, plan.shards, dask_key_name=_key("dmixed-split"))
+        delayed(split, pure=False)(state, plan.shards, dask_key_name=unique_key("dmixed-split"))
         for state in states
     ]
     return [_tree([_piece(state, s) for state in divided]) for s in range(plan.shards)]
 
 
 def _layout(
-    spec: DesignSpec, source: Source, parts: Sequence[Part], pilot: pa.Table, client: Any
+    spec: DesignSpec,
+    source: Source,
+    parts: Sequence[Part],
+    pilot: pa.Table,
+    client: Any,
+    remote: bool,
 ) -> Layout:
     """How to divide the pass; from metadata, a sample of keys, and the pilot's columns."""
     rows = sum(part.rows or 0 for part in parts)
     sample = pilot
     if source.kind != "dask":
-        names = dict.fromkeys(name for key in spec.keys for name in columns_of(key.node))
-        sample = source.head(tuple(names), SAMPLE_ROWS)
+        sample = source.head(_key_columns(spec), SAMPLE_ROWS)
     elif len(parts) >= MANY_FRAMES:
         rows = len(parts) * each_part(_length, parts[:1], client)[0]
     keys = sample_keys(spec, sample, max(rows, len(sample)))
-    return layout(spec, parts, rows, keys, group_bytes(spec, pilot))
+    if len(spec.keys) == 1:
+        ranges = [part.ranges.get(spec.keys[0].name) for part in parts]
+        keys = with_ranges(keys, [pair for pair in ranges if pair] if all(ranges) else [])
+    return layout(spec, parts, rows, keys, group_bytes(spec, pilot), remote)
+
+
+def _key_columns(spec: DesignSpec) -> tuple[str, ...]:
+    """Data columns of the keys."""
+    return tuple(dict.fromkeys(name for key in spec.keys for name in columns_of(key.node)))
 
 
 def _length(part: Part, value: Any) -> int:
@@ -187,11 +158,7 @@ def _length(part: Part, value: Any) -> int:
 
 
 def _piece(state: Delayed, shard: int) -> Delayed:
-    return delayed(getitem, pure=False)(state, shard, dask_key_name=_key(PIECE))
-
-
-def _key(name: str) -> str:
-    return f"{name}-{uuid4().hex}"
+    return delayed(getitem, pure=False)(state, shard, dask_key_name=unique_key(PIECE))
 
 
 @one_blas_thread
@@ -227,7 +194,7 @@ def _told(report: Report | None, parts: int, client: Any) -> Iterator[str | None
     if report is None or not report.heard:
         yield None
         return
-    topic = _key("dmixed")
+    topic = unique_key("dmixed")
     report.stage("pass", parts)
 
     def event(message: tuple[float, dict[str, int]]) -> None:
@@ -270,7 +237,7 @@ def _starts(parts: Sequence[Part]) -> list[int]:
 
 def _task(function: Callable[..., T], parts: Sequence[tuple[Part, int]], name: str) -> Delayed:
     """Delayed ``function(parts)``, or ``function([part], frame)`` where Dask makes the frame."""
-    key = _key(name)
+    key = unique_key(name)
     frame = parts[0][0].task
     if not isinstance(frame, Delayed):
         return delayed(partial(function, parts), pure=False)(dask_key_name=key)
@@ -283,7 +250,7 @@ def _tree(tasks: list[Delayed]) -> Delayed:
     add_up = delayed(_merge_all, pure=False)
     while len(tasks) > 1:
         tasks = [
-            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=_key("dmixed-merge"))
+            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=unique_key("dmixed-merge"))
             for i in range(0, len(tasks), SPLIT_EVERY)
         ]
     return tasks[0]
@@ -292,78 +259,3 @@ def _tree(tasks: list[Delayed]) -> Delayed:
 @one_blas_thread
 def _merge_all(*parts: Moments) -> Moments:
     return merge(parts)
-
-
-def compute(
-    tasks: Sequence[Delayed], client: Any = None, report: Report | None = None
-) -> list[Any]:
-    """Results of delayed tasks, on the client's cluster or in threads of this process."""
-    if client is None:
-        scheduler = dask.config.get("scheduler", None) or "threads"
-        with one_blas_thread:
-            return list(dask.compute(*tasks, scheduler=scheduler))
-    futures = client.compute(list(tasks), retries=RETRIES)
-    try:
-        _wait(client, futures, report)
-        return list(client.gather(futures))
-    except BaseException as error:
-        client.cancel(futures)
-        raise _explained(error) from None
-
-
-def _wait(client: Any, futures: list[Any], report: Report | None) -> None:
-    """Until all are done or one fails, or the listener of the report does."""
-    from distributed import wait
-
-    while True:
-        try:
-            with client.as_current():
-                wait(futures, timeout=POLL)
-            return
-        except TimeoutError:
-            if report is not None:
-                report.check()
-            if any(future.status == "error" for future in futures):
-                return
-
-
-def _explained(error: BaseException) -> BaseException:
-    """What a cluster says of lost workers, in words that help."""
-    if type(error).__name__ != "KilledWorker":
-        return error
-    return DmixedError(
-        "workers of the cluster died again and again while they ran the same task, most likely for "
-        "want of memory: give them more of it or fewer threads each, or write the data in smaller "
-        f"row groups or partitions ({error})"
-    )
-
-
-class Evaluator:
-    """`ProfileTerms` of all groups at a root of Psi, in threads of this process.
-
-    What one task evaluates is set by the data, so that sums do not depend on the machine.
-    """
-
-    def __init__(self, factors: Factors) -> None:
-        self.factors = factors
-        self.slices = [
-            (part, slice(start, min(start + step, part.n_groups)))
-            for part in factors.parts
-            for step in [TASK_CHUNKS * part.step if isinstance(part, Bucket) else SLICE]
-            for start in range(0, part.n_groups, step)
-        ]
-        self.small = sum(part.n_groups for part in factors.parts) <= FEW_CLUSTERS and all(
-            isinstance(part, Bucket) and part.step >= part.n_groups for part in factors.parts
-        )
-
-    def __call__(self, root: Floats, order: int = 2) -> ProfileTerms:
-        """Terms up to derivatives of an order, added slice by slice in order."""
-        blocks = self.factors.blocks
-        calls = [
-            partial(profile_terms, blocks, part, root, order, groups)
-            for part, groups in self.slices
-        ]
-        if len(calls) == 1 or self.small:
-            return reduce(add, (call() for call in calls))
-        tasks = [delayed(call, pure=False)() for call in calls]
-        return reduce(add, dask.compute(*tasks, scheduler="threads"))

@@ -8,8 +8,11 @@ taken. With several factors the moments of cells are put together in `levels`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -18,9 +21,12 @@ from dmixed.blocks import Column, Floats
 from dmixed.coordinates import Basis, Response, coarsest_cells, working_basis, working_response
 from dmixed.covariance import Blocks
 from dmixed.levels import Cells, Term, buckets
-from dmixed.moments import GroupMoments
+from dmixed.moments import GroupMoments, Totals
 from dmixed.nested import Bucket
-from dmixed.onelevel import OneLevel
+from dmixed.onelevel import GROUPS, OneLevel, merged
+from dmixed.terms import ProfileTerms
+
+Each: TypeAlias = Callable[[Callable[[GroupMoments], Any], Iterable[GroupMoments]], Iterable[Any]]
 
 PIVOT = 1e-14
 """A pivot below this fraction of the uncentred second moment is a zero row of R (n_g < q)."""
@@ -28,6 +34,13 @@ PIVOT = 1e-14
 
 NOTHING = 1e-28
 """What is below this fraction of a sum of squares is none of its digits."""
+
+
+class Elsewhere(Protocol):
+    """Groups that are not in this process."""
+
+    def terms(self, blocks: Blocks, root: Floats, order: int) -> ProfileTerms:
+        """Terms of all groups at Psi = root root' (q, q), up to derivatives of an order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,8 @@ class Factors:
         sizes of the blocks of Psi, q in all
     parts
         what the groups hold: `OneLevel` factors, or `Bucket` after bucket of clusters
+    evaluated
+        what has the same sums as the parts, in the same order, and is as short or shorter
     Fw
         (k, k): what the parts leave of F'F
     within
@@ -59,10 +74,13 @@ class Factors:
         units of y per unit of the working response
     log_weights
         sum of log weights
+    elsewhere
+        what evaluates the groups where they are, if they are not here: then there are no parts
     """
 
     blocks: Blocks
     parts: tuple[OneLevel | Bucket, ...]
+    evaluated: tuple[OneLevel | Bucket, ...]
     Fw: Floats
     within: Floats
     rank_random: int
@@ -72,6 +90,7 @@ class Factors:
     log_jacobian: float
     y_scale: float
     log_weights: float
+    elsewhere: Elsewhere | None = None
 
     def __post_init__(self) -> None:
         k = len(self.Fw)
@@ -85,32 +104,47 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
-class _Carried:
-    """Factors of the carried columns: R (r, r, G) upper, T (r, k, G), Fw (k, k)."""
+class Within:
+    """What some cells explain of the carried columns; adds.
 
-    R: Floats
-    T: Floats
-    Fw: Floats
+    Attributes
+    ----------
+    block
+        (r, k): WtF summed over the cells
+    taken
+        (k, k): cross-products in the span of the random columns, about the references
+    rank
+        dimension of that span
+    """
+
+    block: Floats
+    taken: Floats
+    rank: int
+
+    def __add__(self, other: Within) -> Within:
+        """Of both sets of cells."""
+        return Within(self.block + other.block, self.taken + other.taken, self.rank + other.rank)
 
 
-def _carried_factors(moments: GroupMoments) -> _Carried:
-    """Centre each group and factor it; the constant is the first random column.
+def _centred(moments: GroupMoments, start: int, stop: int) -> tuple[Floats, Floats, Within]:
+    """R (r, r, g) upper and T (r, k, g) of neighbouring groups, which are centred first.
 
-    References cancel where groups are centred; only means know of them.
+    References cancel where groups are centred; only means know of them. The constant is the first
+    random column.
     """
     random = list(moments.random)
-    r, k, G = len(random), len(moments.columns), moments.n_groups
-    WtF = np.ascontiguousarray(np.moveaxis(moments.WtF, 0, -1))  # (r, k, G)
+    WtF = np.ascontiguousarray(np.moveaxis(moments.WtF[start:stop], 0, -1))  # (r, k, g)
+    r, k, g = WtF.shape
     n = WtF[0, random[0]]  # sum of the weights of each group
     s = WtF[0]
-    R, T = np.zeros((r, r, G)), np.empty((r, k, G))
+    R, T = np.zeros((r, r, g)), np.empty((r, k, g))
     root = np.sqrt(n)
     sums = s / root
     T[0] = sums
     if moments.reference is not None:
-        T[0] += moments.reference.T * root
+        T[0] += moments.reference[start:stop].T * root
     R[0] = T[0, random]
-    Fw = _consistent(moments, WtF.sum(axis=2)) - sums @ sums.T
+    taken = sums @ sums.T
     for a in range(1, r):
         column = random[a]
         T[a] = WtF[a] - s[column] / n * s
@@ -118,29 +152,42 @@ def _carried_factors(moments: GroupMoments) -> _Carried:
             T[a] -= R[t, a] * T[t]
         pivot = T[a, column].copy()
         ok = pivot > PIVOT * WtF[a, column]
-        inverse = np.divide(1.0, np.sqrt(np.where(ok, pivot, 1.0)), where=ok, out=np.zeros(G))
+        inverse = np.divide(1.0, np.sqrt(np.where(ok, pivot, 1.0)), where=ok, out=np.zeros(g))
         T[a] *= inverse
         R[a, a:] = T[a, random[a:]]
-        Fw -= T[a] @ T[a].T
+        taken += T[a] @ T[a].T
+    rank = int(np.count_nonzero(np.einsum("aag->ag", R)))
+    return R, T, Within(WtF.sum(axis=2), taken, rank)
+
+
+def _within(moments: GroupMoments) -> Within:
+    """Of all groups."""
+    return reduce(add, (_centred(moments, a, b)[2] for a, b in _chunks(moments.n_groups)))
+
+
+def _chunks(n_groups: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring groups that the processor's cache holds."""
+    for start in range(0, max(n_groups, 1), GROUPS):
+        yield start, min(start + GROUPS, n_groups)
+
+
+def _residual(totals: Totals, within: Within) -> Floats:
+    """Cross-products (k, k) of the carried columns outside the span."""
+    Fw = _consistent(totals.FtF, totals.random, within.block) - within.taken
+    random = list(totals.random)
     Fw[random] = Fw[:, random] = 0.0  # they are in the span
-    return _Carried(R, T, Fw)
+    return Fw
 
 
-def centred_products(moments: GroupMoments) -> Floats:
-    """Cross-products (k, k) of the carried columns within groups."""
-    sums = moments.WtF[:, 0] / np.sqrt(moments.WtF[:, 0, moments.random[0]])[:, None]
-    return np.asarray(moments.FtF - sums.T @ sums)
-
-
-def _consistent(moments: GroupMoments, block: Floats) -> Floats:
-    """FtF with its random rows replaced by the sum of WtF over groups (q, k).
+def _consistent(FtF: Floats, random: tuple[int, ...], block: Floats) -> Floats:
+    """FtF with its random rows replaced by the sum of WtF over groups (r, k).
 
     They are the same but for rounding: where groups are large the difference is systematic, and
     would be taken for residual variation.
     """
-    random, FtF = list(moments.random), moments.FtF.copy()
-    FtF[random], FtF[:, random] = block, block.T
-    return FtF
+    found, rows = FtF.copy(), list(random)
+    found[rows], found[:, rows] = block, block.T
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +216,8 @@ class Problem:
     @property
     def one_level(self) -> bool:
         """Whether there is one grouping factor, each group for itself."""
-        return isinstance(self.factors.parts[0], OneLevel)
+        parts = self.factors.parts
+        return not parts or isinstance(parts[0], OneLevel)
 
 
 class DependentColumns(ValueError):
@@ -180,7 +228,83 @@ class DependentColumns(ValueError):
         self.block, self.column = block, column
 
 
-def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[Term]) -> Problem:
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Working coordinates of a model: all that is decided before its groups are looked at.
+
+    Attributes
+    ----------
+    fixed, response
+        coordinates of X and y
+    natural, blocks
+        see `Problem` and `Factors`
+    terms
+        random terms with their columns in natural coordinates
+    F
+        (k, p + 1): [X y] as combinations of carried columns
+    """
+
+    fixed: Basis
+    response: Response
+    natural: Floats
+    blocks: Blocks
+    terms: tuple[Term, ...]
+    F: Floats
+
+
+def coordinates(totals: Totals, exog: Floats, endog: Floats, terms: Sequence[Term]) -> Coordinates:
+    """Coordinates of the model with these columns, see `problem`."""
+    columns, gram = totals.columns, totals.gram
+    fixed, Q = working_basis(columns, gram, exog)
+    response = working_response(columns, gram, Q, endog)
+    naturals, own = _natural(totals, terms)
+    blocks = Blocks(tuple(len(part) for part in naturals), _contained(totals, terms))
+    F = coarsest_cells(columns, np.column_stack([fixed.work, response.work]))
+    return Coordinates(fixed, response, blocks.join(naturals), blocks, own, F)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Factors of groups of which each stands for itself.
+
+    Attributes
+    ----------
+    part, evaluated
+        see `Factors`
+    within
+        what the groups explain
+    """
+
+    part: OneLevel
+    evaluated: OneLevel
+    within: Within
+
+
+def one_level(moments: GroupMoments, model: Coordinates) -> Shard:
+    """Factors of some groups."""
+    W = np.column_stack([term.T for term in model.terms])[list(moments.random)]
+    r, q = len(W), W.shape[1]
+    RT = np.empty((r, q + model.F.shape[1], moments.n_groups))
+    found: Within | None = None
+    for start, stop in _chunks(moments.n_groups):
+        R, T, own = _centred(moments, start, stop)
+        for a in range(r):
+            RT[a, :q, start:stop] = W.T @ R[a]
+            RT[a, q:, start:stop] = model.F.T @ T[a]
+        found = own if found is None else found + own
+    assert found is not None
+    part = OneLevel(RT)
+    return Shard(part, merged(part, q), found)
+
+
+def problem(
+    moments: GroupMoments,
+    exog: Floats,
+    endog: Floats,
+    terms: Sequence[Term],
+    shards: Sequence[GroupMoments] | None = None,
+    each: Each = map,
+) -> Problem:
     """Coordinates and factors of the model with these columns.
 
     Parameters
@@ -191,6 +315,10 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
         (k, p), (k,): X and y as combinations of carried columns
     terms
         random terms, in order of their blocks
+    shards
+        the same moments in pieces, which are summed one after the other
+    each
+        applies a function to all of some things, like ``map``
 
     Raises
     ------
@@ -199,39 +327,55 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
     levels.TooManyLevels
         factors are crossed in more levels than dense algebra can take
     """
-    columns, gram = moments.columns, moments.gram
-    fixed, Q = working_basis(columns, gram, exog)
-    response = working_response(columns, gram, Q, endog)
-    naturals, own = _natural(moments, gram, terms)
-    held = _contained(moments, gram, terms)
-    blocks = Blocks(tuple(len(part) for part in naturals), held)
-    F = coarsest_cells(columns, np.column_stack([fixed.work, response.work]))
-    carried = _carried_factors(moments)
-    within = F.T @ carried.Fw @ F
-    parts: tuple[OneLevel | Bucket, ...]
-    one_level = _each_for_itself(terms, moments.n_groups)
-    if one_level:
-        W = np.column_stack([term.T for term in own])[list(moments.random)]
-        parts, Fw = (OneLevel(_recoded(carried, W, F)),), within
-    else:
-        absolute = moments.absolute
-        parts, taken = buckets(blocks, own, _cells(absolute, own, F))
-        Fw = F.T @ _consistent(absolute, absolute.WtF.sum(axis=0)) @ F - taken
-    total = _diagonal(F, gram)
+    totals = moments.totals
+    model = coordinates(totals, exog, endog, terms)
+    if _each_for_itself(terms, moments.n_groups):
+        found: list[Shard] = list(each(partial(one_level, model=model), shards or [moments]))
+        within = reduce(add, (shard.within for shard in found))
+        evaluated = tuple(shard.evaluated for shard in found)
+        own = tuple(shard.part for shard in found)
+        return assembled(totals, model, own, within, evaluated=evaluated)
+    within = _within(moments)
+    absolute = moments.absolute
+    parts, taken = buckets(model.blocks, model.terms, _cells(absolute, model.terms, model.F))
+    FtF = _consistent(absolute.FtF, absolute.random, absolute.WtF.sum(axis=0))
+    Fw = model.F.T @ FtF @ model.F - taken
+    return assembled(totals, model, parts, within, Fw)
+
+
+def assembled(
+    totals: Totals,
+    model: Coordinates,
+    parts: tuple[OneLevel | Bucket, ...],
+    within: Within,
+    Fw: Floats | None = None,
+    evaluated: tuple[OneLevel, ...] | None = None,
+) -> Problem:
+    """The problem, once all groups have been looked at.
+
+    Parameters
+    ----------
+    Fw
+        see `Factors`; None where the parts explain what the cells explain
+    """
+    residual = model.F.T @ _residual(totals, within) @ model.F
+    total = _diagonal(model.F, totals.gram)
+    referenced = Fw is None and totals.referenced
     factors = Factors(
-        blocks=blocks,
+        blocks=model.blocks,
         parts=parts,
-        Fw=Fw,
-        within=within,
-        rank_random=int(np.count_nonzero(np.einsum("aag->ag", carried.R))),
-        nobs=moments.nobs,
-        stored=total if not one_level or moments.reference is None else _summed(moments, F, total),
+        evaluated=parts if evaluated is None else evaluated,
+        Fw=residual if Fw is None else Fw,
+        within=residual,
+        rank_random=within.rank,
+        nobs=totals.nobs,
+        stored=_summed(totals, model.F, total) if referenced else total,
         total=total,
-        log_jacobian=fixed.log_jacobian,
-        y_scale=response.scale,
-        log_weights=moments.log_weights,
+        log_jacobian=model.fixed.log_jacobian,
+        y_scale=model.response.scale,
+        log_weights=totals.log_weights,
     )
-    return Problem(fixed, response, blocks.join(naturals), own, factors)
+    return Problem(model.fixed, model.response, model.natural, model.terms, factors)
 
 
 def _diagonal(F: Floats, gram: Floats) -> Floats:
@@ -239,11 +383,11 @@ def _diagonal(F: Floats, gram: Floats) -> Floats:
     return np.asarray(np.einsum("ij,ik,kj->j", F, gram, F))
 
 
-def _summed(moments: GroupMoments, F: Floats, total: Floats) -> Floats:
+def _summed(totals: Totals, F: Floats, total: Floats) -> Floats:
     """Diagonal of F'F about the references, (p + 1,): they have all of the constant."""
     varying = F.copy()
-    varying[moments.random[0]] = 0.0
-    return np.maximum(_diagonal(varying, moments.FtF), NOTHING * total)
+    varying[totals.random[0]] = 0.0
+    return np.maximum(_diagonal(varying, totals.FtF), NOTHING * total)
 
 
 def _each_for_itself(terms: Sequence[Term], n_cells: int) -> bool:
@@ -254,17 +398,15 @@ def _each_for_itself(terms: Sequence[Term], n_cells: int) -> bool:
     )
 
 
-def _natural(
-    moments: GroupMoments, total: Floats, terms: Sequence[Term]
-) -> tuple[list[Floats], tuple[Term, ...]]:
+def _natural(totals: Totals, terms: Sequence[Term]) -> tuple[list[Floats], tuple[Term, ...]]:
     """Per block the map to natural coordinates, and the terms in them.
 
     B'B = mean of WtW over the levels: in the basis W B^-1 a relative covariance of I means
     reliability 1/2, whatever the units.
     """
-    rows = list(moments.random)
-    columns = [moments.columns[i] for i in rows]
-    gram = total[np.ix_(rows, rows)]
+    rows = list(totals.random)
+    columns = [totals.columns[i] for i in rows]
+    gram = totals.gram[np.ix_(rows, rows)]
     naturals, own = [], []
     for block in dict.fromkeys(term.block for term in terms):
         members = [term for term in terms if term.block == block]
@@ -298,15 +440,15 @@ def _cells(moments: GroupMoments, terms: Sequence[Term], F: Floats) -> Cells:
     return Cells(KtF @ W, KtF @ F)
 
 
-def _contained(moments: GroupMoments, total: Floats, terms: Sequence[Term]) -> tuple[int, ...]:
+def _contained(totals: Totals, terms: Sequence[Term]) -> tuple[int, ...]:
     """Blocks whose columns lie in the span of another's of the same levels; of two the first.
 
     Psi_j + E Psi_i E' is again a covariance of block j, so the likelihood cannot tell the two
     apart, and its optimum is reached with Psi_i = 0.
     """
-    rows = list(moments.random)
-    columns: list[Column] = [moments.columns[i] for i in rows]
-    gram = total[np.ix_(rows, rows)]
+    rows = list(totals.random)
+    columns: list[Column] = [totals.columns[i] for i in rows]
+    gram = totals.gram[np.ix_(rows, rows)]
     simple = [t for t in terms if not t.repeated]
     held: list[int] = []
     for inner in simple:
@@ -324,18 +466,10 @@ def _contained(moments: GroupMoments, total: Floats, terms: Sequence[Term]) -> t
 
 def _same_levels(a: Term, b: Term) -> bool:
     """Whether two factors divide the rows alike."""
+    if a.codes is b.codes:
+        return True
     if a.n_levels != b.n_levels or (a.codes < 0).any() or (b.codes < 0).any():
         return False
     image = np.full(a.n_levels, -1, np.intp)
     image[a.codes] = b.codes
     return bool((image[a.codes] == b.codes).all())
-
-
-def _recoded(carried: _Carried, W: Floats, F: Floats) -> Floats:
-    """R W and T F side by side, (r, q + k, G)."""
-    r, q = len(carried.R), W.shape[1]
-    RT = np.empty((r, q + F.shape[1], carried.R.shape[2]))
-    for a in range(r):
-        np.matmul(W.T, carried.R[a], out=RT[a, :q])
-        np.matmul(F.T, carried.T[a], out=RT[a, q:])
-    return RT

@@ -11,8 +11,9 @@ from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Floats
 from dmixed.covariance import root_derivatives
+from dmixed.dispatch import one_blas_thread
 from dmixed.errors import DataError
-from dmixed.executor import Evaluator, one_blas_thread
+from dmixed.evaluation import Evaluator
 from dmixed.factors import Problem
 from dmixed.inference.joint import beta_slope
 from dmixed.inference.variances import VarianceEstimates, variance_estimates
@@ -300,7 +301,7 @@ def _check_identified(prepared: Prepared, found: Optimum) -> None:
         if not undetermined:
             continue
         bar = prepared.bars[block]
-        levels = max(len(prepared.levels[i]) for i in prepared.members(block))
+        levels = max(prepared.problem.terms[i].n_levels for i in prepared.members(block))
         why = (
             "there is only one group"
             if levels == 1

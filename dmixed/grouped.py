@@ -35,7 +35,7 @@ class Grouped(Tested):
 
     @cached_property
     def _modes(self) -> tuple[NDArray[np.float64], ...]:
-        found = self._estimates
+        found, _ = self._estimates, self._prepared.here
         return conditional_modes(self._prepared.problem, found.root, found.working_beta)
 
     def ranef(self) -> Any:
@@ -56,7 +56,7 @@ class Grouped(Tested):
         -------
         label of each bar or component -> (levels, q, q), user units, levels as in ``ranef()``
         """
-        problem, found = self._prepared.problem, self._estimates
+        problem, found, _ = self._prepared.problem, self._estimates, self._prepared.here
         return {
             bar.label: conditional_covariances(problem, found.root, found.sigma2, block)[
                 self._block_order(block)

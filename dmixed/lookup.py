@@ -263,7 +263,7 @@ def make_lookup(prepared: Prepared, modes: Sequence[Floats]) -> Lookup:
         key = prepared.terms[i].key
         labels = known.setdefault(key, Known(prepared.levels[i]))
         terms.append(TermEffects(key, labels, by_level[i]))
-    return Lookup(prepared.moments.labels.names, tuple(terms))
+    return Lookup(prepared.here.labels.names, tuple(terms))
 
 
 def design_order(prepared: Prepared) -> list[int]:
@@ -299,7 +299,7 @@ def make_errors(prepared: Prepared, root: Floats, sigma2: float, Psi: Floats) ->
     cov, slope = found.cov, found.slope
     if columns != sorted(columns):
         cov, slope = cov[:, columns][:, :, columns], slope[:, columns]
-    labels, prior = Known(prepared.moments.labels), prior_covariance(prepared, sigma2, Psi)
+    labels, prior = Known(prepared.here.labels), prior_covariance(prepared, sigma2, Psi)
     return Errors(labels, cov, slope, prior)
 
 

@@ -16,8 +16,10 @@ from dmixed.blocks import Floats
 from dmixed.caller import joined
 from dmixed.collect import Moments
 from dmixed.design import DesignSpec, specify
+from dmixed.dispatch import find_client
 from dmixed.errors import DataError
-from dmixed.executor import collect, find_client
+from dmixed.evaluation import RemoteMoments
+from dmixed.executor import collect
 from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search, evaluate
 from dmixed.formula import ParsedFormula, parse, parse_parts
@@ -91,7 +93,7 @@ class MixedLM(FitsOfModel):
         _refuse(unknown)
         made = array_model(endog, exog, groups, exog_re, exog_vc)
         formula = parse_parts(made.formula, made.group, made.re_formula, (), made.vc_formula)
-        self._set_up(formula, made.table, weights, offset, missing, client, None, None)
+        self._set_up(formula, made.table, weights, offset, missing, client, None, {})
         self._names = made.names
         self.use_sqrt = bool(use_sqrt)
         self.progress = checked(progress)
@@ -116,6 +118,9 @@ class MixedLM(FitsOfModel):
         context: Mapping[str, Callable[..., Any]] | None = None,
         storage_options: Mapping[str, Any] | None = None,
         progress: Progress | bool | None = None,
+        filters: Any = None,
+        version: int | None = None,
+        snapshot: int | None = None,
         **unknown: Any,
     ) -> MixedLM:
         """Model in statsmodels' words.
@@ -142,6 +147,8 @@ class MixedLM(FitsOfModel):
             variables too
         progress
             see `lmer`; for the pass over the rows, and for fits that are not told otherwise
+        storage_options, filters, version, snapshot
+            see `lmer`
 
         Raises
         ------
@@ -168,7 +175,8 @@ class MixedLM(FitsOfModel):
         if isinstance(vc_formula, Mapping) and all(isinstance(name, str) for name in vc_formula):
             vc_formula = dict(sorted(vc_formula.items()))  # as statsmodels orders them
         parsed = parse_parts(formula, key, re_formula, own, vc_formula)
-        model = cls._of(parsed, data, weights, offset, missing, client, own, storage_options)
+        place = _place(storage_options, filters, version, snapshot)
+        model = cls._of(parsed, data, weights, offset, missing, client, own, place)
         model.use_sqrt = bool(use_sqrt)
         model.progress = checked(progress)
         model._read_now()
@@ -189,16 +197,17 @@ class MixedLM(FitsOfModel):
         missing: str,
         client: Any,
         context: Mapping[str, Callable[..., Any]] | None,
-        storage_options: Mapping[str, Any] | None,
+        place: Mapping[str, Any],
     ) -> None:
         if missing not in ("drop", "raise", "none"):
             raise DataError(f'missing={missing!r}: must be "drop", "raise" or "none"')
         data, names = with_columns(data, {"weights": weights, "offset": offset})
         self.parsed: ParsedFormula = formula
         self.client = find_client(client)
-        self.source: Source = open_source(data, storage_options)
+        self.source: Source = open_source(data, **place)
         self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
         self.progress: Progress | bool | None = None
+        self._evaluate_on = "auto"
         self.use_sqrt = True
         self._names = Names()
 
@@ -232,7 +241,7 @@ class MixedLM(FitsOfModel):
         return sum(n for n in counts if n is not None) or None
 
     @cached_property
-    def moments(self) -> Moments:
+    def moments(self) -> Moments | RemoteMoments:
         """Moments of the rows: the one pass over the data.
 
         Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away, or
@@ -247,10 +256,11 @@ class MixedLM(FitsOfModel):
         if "moments" not in vars(self):
             vars(self)["moments"] = self._moments(report)
 
-    def _moments(self, report: Report) -> Moments:
+    def _moments(self, report: Report) -> Moments | RemoteMoments:
         report.stage("plan")
         found = self._pass(self.spec, report)
-        frame, references = better_frame(found.group), needs_references(found)
+        totals = found.summary.totals
+        frame, references = better_frame(totals), needs_references(found.spec, totals)
         if frame is None and not references:
             return found
         report.message("the first rows are not like the rest: reading again with better shifts")
@@ -261,9 +271,9 @@ class MixedLM(FitsOfModel):
         )
         return self._pass(better, report)
 
-    def _pass(self, spec: DesignSpec, report: Report) -> Moments:
+    def _pass(self, spec: DesignSpec, report: Report) -> Moments | RemoteMoments:
         report.plan(f"{self.formula}: {len(spec.columns)} columns of {self.source.kind} data")
-        found = collect(spec, self.source, self._pilot, self.client, report)
+        found = collect(spec, self.source, self._pilot, self.client, report, self._evaluate_on)
         report.passed(found.nobs + sum(found.dropped.values()), found.dropped)
         return found
 
@@ -301,9 +311,13 @@ def lmer(
     context: Mapping[str, Callable[..., Any]] | None = None,
     *,
     storage_options: Mapping[str, Any] | None = None,
+    filters: Any = None,
+    version: int | None = None,
+    snapshot: int | None = None,
     method: str | None = None,
     progress: Progress | bool | None = None,
     callback: Callable[[int, Step], None] | None = None,
+    evaluate_on: str = "auto",
 ) -> MixedLMResults:
     """Fit a linear mixed model written as in lme4.
 
@@ -313,8 +327,9 @@ def lmer(
         such as ``"y ~ x1 + x2 + (1 + x1 | g)"``, ``"y ~ x + (1 | school/class)"``,
         ``"y ~ 1 + (1 | plate) + (1 | sample)"``
     data
-        pandas or polars DataFrame, pyarrow Table or Dataset, Dask DataFrame, or the path or URI
-        of Parquet data (file, directory, glob); only the columns used are read, once
+        pandas or polars DataFrame, pyarrow Table or Dataset, Dask DataFrame, the path or URI of
+        Parquet data (file, directory, glob) or of a Delta table, a DeltaTable, or an Iceberg Table
+        or DataScan; only the columns used are read, once
     reml
         restricted maximum likelihood (else maximum likelihood)
     weights, offset
@@ -328,6 +343,14 @@ def lmer(
         row-wise functions that the formula may call by name
     storage_options
         for fsspec, with a URI
+    filters
+        rows of files and tables to use, as ``pandas.read_parquet`` takes it,
+        ``[("year", ">=", 2024)]``, or a ``pyarrow.compute.Expression``; the columns need not be
+        in the formula, and what folders and statistics exclude is not read
+    version
+        of a Delta table (the latest by default)
+    snapshot
+        id of a snapshot of an Iceberg table (the current one by default)
     method, callback
         see `MixedLM.fit`
     progress
@@ -336,6 +359,10 @@ def lmer(
         terminal; False for none; or a function called with each `progress.Event`, one at a time
         and in order. An exception of it ends the fit and is raised. The logger "dmixed" tells
         the same in words.
+    evaluate_on
+        where the likelihood is evaluated after a pass on a cluster: "driver" brings the moments
+        to this process, "workers" leaves them there in shards, "auto" brings them if they have
+        less than 200 MB
 
     Examples
     --------
@@ -358,10 +385,13 @@ def lmer(
         missing,
         client,
         context,
-        storage_options,
+        _place(storage_options, filters, version, snapshot),
     )
     if not isinstance(reml, (bool, np.bool_)):
         raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
+    if evaluate_on not in ("auto", "driver", "workers"):
+        raise DataError(f'evaluate_on={evaluate_on!r}: must be "auto", "driver" or "workers"')
+    model._evaluate_on = evaluate_on
     (name,) = search_methods(method)
     with open_progress(progress) as report:
         model._read(report)
@@ -370,6 +400,21 @@ def lmer(
         found = model._fit(bool(reml), search, None, None, True, Penalties())
         report.fitted(found.summary)
     return model._result(found, False, {}, stacklevel=3)
+
+
+def _place(
+    storage_options: Mapping[str, Any] | None,
+    filters: Any,
+    version: int | None,
+    snapshot: int | None,
+) -> dict[str, Any]:
+    """Arguments of `open_source`."""
+    return {
+        "storage_options": storage_options,
+        "filters": filters,
+        "version": version,
+        "snapshot": snapshot,
+    }
 
 
 def _refuse(unknown: Mapping[str, Any]) -> None:

@@ -126,6 +126,34 @@ class GroupMoments:
         plain = FtF if self.plain is self.FtF else self.plain
         return replace(self, WtF=WtF, FtF=FtF, plain=plain, reference=None)
 
+    @property
+    def totals(self) -> Totals:
+        """What is known of all groups together."""
+        sums = self.WtF[:, 0] / np.sqrt(self.WtF[:, 0, self.random[0]])[:, None]
+        return Totals(
+            columns=self.columns,
+            random=self.random,
+            frame=self.frame,
+            FtF=self.FtF,
+            gram=self.gram,
+            unweighted=self.unweighted,
+            between=np.asarray(sums.T @ sums),
+            n_groups=self.n_groups,
+            nobs=self.nobs,
+            log_weights=self.log_weights,
+            nbytes=self.nbytes,
+            smallest=int(self.counts.min(initial=np.iinfo(np.int64).max)),
+            largest=int(self.counts.max(initial=0)),
+            weighted=self.plain is not self.FtF,
+            referenced=self.reference is not None,
+        )
+
+    def part(self, start: int, stop: int) -> GroupMoments:
+        """Neighbouring groups; arrays are shared, and the sums over all rows stay as they are."""
+        own = None if self.reference is None else self.reference[start:stop]
+        WtF, counts = self.WtF[start:stop], self.counts[start:stop]
+        return replace(self, WtF=WtF, counts=counts, reference=own)
+
     def take(self, groups: Index) -> GroupMoments:
         """Some of the groups, in this order; the sums over all rows stay as they are."""
         own = None if self.reference is None else self.reference[groups]
@@ -139,6 +167,52 @@ class GroupMoments:
             raise ValueError("align the groups first: GroupMoments add group by group")
         same = np.arange(self.n_groups)
         return combine([self, other], [same, same], self.n_groups)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Totals:
+    """Sums over all groups of some moments; kilobytes, whatever the number of groups.
+
+    Attributes
+    ----------
+    columns, random, frame, FtF, log_weights
+        see `GroupMoments`
+    gram, unweighted
+        (k, k): FtF about zero, and without row weights
+    between
+        (k, k): sum over groups of s s' / n, s the sums of a group about its reference
+    n_groups, nobs, nbytes
+        groups, rows, bytes of their moments
+    smallest, largest
+        rows of the smallest and of the largest group
+    weighted, referenced
+        whether rows have weights, and groups references
+    """
+
+    columns: tuple[Column, ...]
+    random: tuple[int, ...]
+    frame: Frame
+    FtF: Floats
+    gram: Floats
+    unweighted: Floats
+    between: Floats
+    n_groups: int
+    nobs: int
+    log_weights: float
+    nbytes: int
+    smallest: int
+    largest: int
+    weighted: bool
+    referenced: bool
+
+    def __add__(self, other: Totals) -> Totals:
+        """Totals of both sets of groups, which have the same columns."""
+        assert (self.columns, self.frame) == (other.columns, other.frame)
+        names = ("FtF", "gram", "unweighted", "between", "n_groups", "nobs", "log_weights")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in (*names, "nbytes")}
+        flags = {n: getattr(self, n) or getattr(other, n) for n in ("weighted", "referenced")}
+        smallest, largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        return replace(self, **sums, **flags, smallest=smallest, largest=largest)
 
 
 def carried_columns(block: DesignBlock, rows: slice) -> Floats:
@@ -458,7 +532,7 @@ def reframe(moments: GroupMoments, frame: Frame) -> GroupMoments:
     )
 
 
-def better_frame(moments: GroupMoments) -> Frame | None:
+def better_frame(moments: Totals) -> Frame | None:
     """Frame of the rows themselves, if some variable lies far from the one they were summed in.
 
     A mean of `FAR` standard deviations costs twice its digits, and four times in squares; the

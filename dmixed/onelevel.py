@@ -32,9 +32,12 @@ class OneLevel:
     ----------
     RT
         (r, q + k, G): R and T side by side, dimensionless; the group axis is contiguous
+    times
+        (G,) how many groups each stands for in what depends on R alone; None: one each
     """
 
     RT: Floats
+    times: Floats | None = None
 
     @property
     def n_groups(self) -> int:
@@ -64,6 +67,55 @@ def solved(RT: Floats, root: Floats) -> tuple[Floats, Floats]:
     return V, diagonal
 
 
+MANY = 4096
+"""Groups from which those with equal R are put together."""
+
+
+def merged(part: OneLevel, q: int) -> OneLevel:
+    """The same sums from fewer columns, where many groups have the same R.
+
+    The sums depend on the T of such groups through ``sum vec(T) vec(T)'`` alone, which is that of
+    the r k rows of a triangular factor (QR, so that no digit is lost). With a random intercept
+    and without weights there are as many R as sizes of groups.
+    """
+    r, width, G = part.RT.shape
+    size = r * (width - q)
+    if G < MANY or part.times is not None:
+        return part
+    kinds = _kinds(part.RT[:, :q].reshape(r * q, G))
+    if kinds is None:
+        return part
+    order = np.argsort(kinds, kind="stable")
+    counts = np.bincount(kinds)
+    if np.minimum(counts, size).sum() > G // 2 or len(counts) > G // (4 * size):
+        return part
+    columns, times = [], []
+    for groups in np.split(order, np.cumsum(counts)[:-1]):
+        own = part.RT[:, :, groups]
+        if len(groups) > size:
+            T = own[:, q:].reshape(size, -1)
+            rows = np.asarray(np.linalg.qr(T.T, mode="r"))
+            own = own[:, :, : len(rows)]
+            own[:, q:] = rows.T.reshape(r, width - q, -1)
+        columns.append(own)
+        alike = np.zeros(own.shape[2])
+        alike[0] = len(groups)
+        times.append(alike)
+    return OneLevel(np.concatenate(columns, axis=2), np.concatenate(times))
+
+
+def _kinds(R: Floats) -> np.ndarray | None:
+    """(G,) number of each column (bit by bit) among the distinct ones; None if there are many."""
+    few = np.unique(R[:, :MANY], axis=1).shape[1]
+    if few > MANY // 4:
+        return None
+    found = np.zeros(R.shape[1], np.intp)
+    for row in R:
+        values, codes = np.unique(row, return_inverse=True)
+        _, found = np.unique(found * len(values) + codes, return_inverse=True)
+    return found
+
+
 def one_level_terms(
     blocks: Blocks, part: OneLevel, root: Floats, order: int, groups: slice
 ) -> ProfileTerms:
@@ -76,8 +128,12 @@ def one_level_terms(
     QtQ, PP, PQtQ = np.zeros((q * k, q * k)), np.zeros((h, h)), np.zeros((h, q * k, q * k))
     start, stop, _ = groups.indices(part.n_groups)
     for first in range(start, stop, GROUPS):
-        V, diagonal = solved(part.RT[:, :, first : min(first + GROUPS, stop)], root)
-        logdet += 2.0 * float(np.log(diagonal).sum())
+        last = min(first + GROUPS, stop)
+        V, diagonal = solved(part.RT[:, :, first:last], root)
+        logs = np.log(diagonal)
+        if part.times is not None:
+            logs *= part.times[first:last]
+        logdet += 2.0 * float(logs.sum())
         for U_j in V[:, q:]:
             UtU += U_j @ U_j.T
         if order == 0:
@@ -85,11 +141,12 @@ def one_level_terms(
         Y, U = V[:, :q], V[:, q:]
         P_g = np.einsum("tag,tag->ag", Y[:, rows], Y[:, columns])  # (h, g)
         Q = np.einsum("tag,tkg->akg", Y, U).reshape(q * k, -1)
-        P[rows, columns] += P_g.sum(axis=1)
+        own = P_g if part.times is None else P_g * part.times[first:last]
+        P[rows, columns] += own.sum(axis=1)
         QtQ += Q @ Q.T
         if order == 1:
             continue
-        PP += P_g @ P_g.T
+        PP += own @ P_g.T
         for x in range(h):
             PQtQ[x] += (Q * P_g[x]) @ Q.T
     sums = _Sums(P + np.tril(P, -1).T, QtQ.reshape(q, k, q, k), PP, PQtQ.reshape(h, q, k, q, k))

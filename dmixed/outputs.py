@@ -16,8 +16,8 @@ import pandas as pd
 import pyarrow as pa
 from dask.delayed import Delayed, delayed
 
+from dmixed.dispatch import compute
 from dmixed.errors import DataError
-from dmixed.executor import compute
 from dmixed.formula.expressions import columns_of
 from dmixed.lookup import Lookup
 from dmixed.places import File, Place, new_place, part_name

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,9 @@ SAMPLE_ROWS = 2**14
 PIECES = 20_000
 """Tasks that take a shard of a state, at most."""
 
+OVERLAP = 1.5
+"""Parts that a key lies in the range of, on average, up to which keys count as clustered."""
+
 RUN_ROWS = 1.5
 """Runs of a label in neighbouring rows, on average, up to which keys count as clustered."""
 
@@ -51,7 +55,7 @@ class Keys:
     groups
         estimate of the number of groups in all rows
     clustered
-        rows of a group are neighbours
+        rows of a group are neighbours, or in few parts
     share
         largest share of the rows under one key
     """
@@ -130,13 +134,32 @@ def sample_keys(spec: DesignSpec, sample: pa.Table, rows: int) -> Keys:
     return keys_of(codes, rows)
 
 
+def with_ranges(keys: Keys, ranges: Sequence[tuple[Any, Any]]) -> Keys:
+    """What the ranges of a key of whole numbers in each part tell besides.
+
+    Parts whose ranges hardly overlap share few groups, in whatever order the rows of a part are.
+    """
+    if not all(isinstance(end, int) for pair in ranges for end in pair) or not ranges:
+        return keys
+    whole = max(high for _, high in ranges) - min(low for low, _ in ranges) + 1
+    apart = sum(high - low + 1 for low, high in ranges) <= OVERLAP * whole and len(ranges) > 1
+    return replace(keys, groups=min(keys.groups, float(whole)), clustered=keys.clustered or apart)
+
+
 def group_bytes(spec: DesignSpec, pilot: pa.Table) -> int:
     """Bytes of the sums of one group."""
     made = block(spec, pilot).block
     return 8 * (len(made.random) * len(made.columns) + 2)
 
 
-def layout(spec: DesignSpec, parts: Sequence[Part], rows: int, keys: Keys, size: int) -> Layout:
+def layout(
+    spec: DesignSpec,
+    parts: Sequence[Part],
+    rows: int,
+    keys: Keys,
+    size: int,
+    divided: bool = False,
+) -> Layout:
     """Divide a pass.
 
     Parameters
@@ -145,9 +168,13 @@ def layout(spec: DesignSpec, parts: Sequence[Part], rows: int, keys: Keys, size:
         in all parts, or an estimate
     size
         bytes of the sums of one group
+    divided
+        there are to be shards, however small
     """
     n = len(parts)
     shards = _shards(keys.groups * size) if divisible(spec) else 1
+    if divided:
+        shards = max(shards, SHARDS)
     if any(isinstance(part.task, Delayed) for part in parts):
         tasks = n  # a task would hold all the frames that it waits for
     else:
@@ -176,4 +203,4 @@ def _tasks(rows: int, keys: Keys, size: int) -> int:
 def _shards(nbytes: float) -> int:
     if nbytes <= WHOLE:
         return 1
-    return max(SHARDS, 1 << math.ceil(math.log2(nbytes / SHARD)))
+    return max(SHARDS, 1 << (math.ceil(nbytes / SHARD) - 1).bit_length())

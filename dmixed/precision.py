@@ -14,11 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from dmixed.blocks import RESPONSE, Column, Floats
-from dmixed.collect import Moments
 from dmixed.design import DesignSpec, block
 from dmixed.errors import DmixedError
-from dmixed.factors import centred_products
-from dmixed.moments import GroupMoments, accumulate
+from dmixed.moments import Totals, accumulate
 
 GAIN = 100.0
 """Total over within-group sum of squares from which references are worth their cost."""
@@ -47,13 +45,13 @@ class Dwarfed:
     per_row: float
 
     @classmethod
-    def of(cls, moments: GroupMoments) -> Dwarfed:
+    def of(cls, moments: Totals) -> Dwarfed:
         """As far as some moments can tell."""
         varying = [j for j, c in enumerate(moments.columns) if not c.cell and c.powers]
         n, df = moments.nobs, moments.nobs - moments.n_groups
         if df - len(varying) < FEW:
             return cls(0.0)
-        centred = centred_products(moments)[np.ix_(varying, varying)]
+        centred = (moments.FtF - moments.between)[np.ix_(varying, varying)]
         total = np.diag(moments.gram)[varying] / n
         within = np.maximum(np.diag(centred), 0.0) / df
         y = varying.index(moments.columns.index(Column((), ((RESPONSE, 1),))))
@@ -96,18 +94,17 @@ def with_references(
         sums = accumulate(block(replace(wanted, missing="drop"), pilot).block)
     except DmixedError:
         return spec  # the pass says it better
-    per_row = Dwarfed.of(sums).per_row
+    per_row = Dwarfed.of(sums.totals).per_row
     if per_row * sums.nobs <= EXPECTED and per_row * (rows() or 0 if per_row else 0) <= EXPECTED:
         return spec
     return wanted
 
 
-def needs_references(moments: Moments) -> bool:
+def needs_references(spec: DesignSpec, totals: Totals) -> bool:
     """Whether moments have lost digits that another pass, with references, would keep."""
-    spec, group = moments.spec, moments.group
-    if group.reference is not None or not _one_factor(spec):
+    if totals.referenced or not _one_factor(spec):
         return False
-    return Dwarfed.of(group).per_row * group.nobs > FOUND
+    return Dwarfed.of(totals).per_row * totals.nobs > FOUND
 
 
 def _one_factor(spec: DesignSpec) -> bool:

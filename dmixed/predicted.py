@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow as pa
 
 from dmixed import outputs, prediction
+from dmixed.dispatch import running
 from dmixed.errors import DataError, NotSupportedError
-from dmixed.executor import running
 from dmixed.formula.expressions import Name
 from dmixed.grouped import Grouped
 from dmixed.lookup import Errors, Lookup, make_errors, make_lookup, prior_covariance
@@ -243,7 +243,7 @@ class Predicted(Grouped):
 
     def _key_types(self, predictor: Predictor) -> dict[str, pa.DataType]:
         """Types of the key columns by the names they have in the data."""
-        labels = self._prepared.moments.labels
+        labels = self._prepared.here.labels
         columns = predictor.groups or labels.names
         found = zip(columns, labels.arrays, strict=True)
         return {name: array.type for name, array in found if name is not None}

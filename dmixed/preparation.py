@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from dmixed import keys
 from dmixed.blocks import CONSTANT
 from dmixed.collect import Moments
 from dmixed.design import BarDesign, Design, TermDesign
+from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.errors import DataError, NotSupportedError
-from dmixed.executor import one_blas_thread
-from dmixed.factors import DependentColumns, Problem, problem
+from dmixed.evaluation import RemoteFactors, RemoteMoments, evaluated_here, remote_shards
+from dmixed.factors import DependentColumns, Problem, assembled, coordinates, problem
 from dmixed.levels import Index, Term, TooManyLevels
+from dmixed.onelevel import OneLevel
+
+MERGED = 2**26
+"""Bytes of factors that are evaluated here although the groups are on workers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,9 +46,11 @@ class Prepared:
         labels of the model's groups, and the group of each cell (N,)
     problem
         working coordinates and factors
+    shards
+        where the groups are on workers, futures of the `factors.Shard` of each
     """
 
-    moments: Moments
+    moments: Moments | RemoteMoments
     design: Design
     bars: tuple[BarDesign, ...]
     terms: tuple[TermDesign, ...]
@@ -46,6 +58,40 @@ class Prepared:
     groups: keys.Labels
     group_codes: Index
     problem: Problem
+    shards: tuple[Any, ...] = ()
+
+    @property
+    def here(self) -> Moments:
+        """The moments, if they are in this process.
+
+        Raises
+        ------
+        NotSupportedError
+            they are on the workers of a cluster
+        """
+        if isinstance(self.moments, Moments):
+            return self.moments
+        raise NotSupportedError(
+            f"the {self.moments.n_cells:,} groups are on the workers of the cluster and do not "
+            "come here one by one: write them with `ranef_table(out=...)` or "
+            '`predict(data, groups=True, out=...)`, or fit with evaluate_on="driver"'
+        )
+
+    @property
+    def n_groups(self) -> int:
+        """The model's groups."""
+        if isinstance(self.moments, Moments):
+            return len(self.groups)
+        return self.moments.n_cells
+
+    @property
+    def group_sizes(self) -> tuple[int, int, float]:
+        """Rows of the smallest and of the largest group, and their mean."""
+        if isinstance(self.moments, Moments):
+            sizes = np.bincount(self.group_codes, self.moments.group.counts, len(self.groups))
+            return int(sizes.min()), int(sizes.max()), float(sizes.mean())
+        totals = self.moments.summary.totals
+        return totals.smallest, totals.largest, totals.nobs / totals.n_groups
 
     @property
     def aliased(self) -> tuple[str, ...]:
@@ -74,7 +120,7 @@ class Prepared:
 
 
 @one_blas_thread
-def prepare(moments: Moments) -> Prepared:
+def prepare(moments: Moments | RemoteMoments) -> Prepared:
     """Check what was collected and factor it.
 
     Raises
@@ -89,6 +135,8 @@ def prepare(moments: Moments) -> Prepared:
         raise DataError(
             f"no row is left to fit: dropped {reasons}" if reasons else "the data have no rows"
         )
+    if isinstance(moments, RemoteMoments):
+        return _remote(moments)
     design = moments.design
     names = [key.name for key in design.spec.keys]
     group_key = [names.index(name) for name in design.spec.formula.groups]
@@ -112,13 +160,10 @@ def prepare(moments: Moments) -> Prepared:
         )
     bars = tuple(design.bars[j] for j in order)
     _check_single_rows(moments, bars, terms)
-    found = _problem(moments, design, bars, terms)
-    total = float(found.factors.total[-1]) if found.response.scale > 0 else 0.0
-    if total <= 0.0:
-        raise DataError(
-            f"the response {design.spec.formula.response_text!r} is constant: "
-            "there is no variance to explain"
-        )
+    columns = design.T_fixed, design.t_response
+    with _named(bars, terms):
+        found = problem(moments.group, *columns, terms, moments.shards, in_threads)
+    _check_response(design, found)
     return Prepared(
         moments,
         design,
@@ -129,6 +174,52 @@ def prepare(moments: Moments) -> Prepared:
         group_codes,
         found,
     )
+
+
+def _remote(moments: RemoteMoments) -> Prepared:
+    """Of shards on the workers: they factor their groups, the sums over groups come here."""
+    design, totals = moments.summary.design, moments.summary.totals
+    order = _block_order(design, [totals.n_groups] * len(design.terms))
+    place = {bar: block for block, bar in enumerate(order)}
+    ranked = sorted(range(len(design.terms)), key=lambda i: place[design.terms[i].block])
+    nowhere = np.empty(0, np.intp)
+    terms = [
+        Term(place[design.terms[i].block], design.terms[i].T, nowhere, totals.n_groups)
+        for i in ranked
+    ]
+    bars = tuple(design.bars[j] for j in order)
+    with _named(bars, terms):
+        model = coordinates(totals, design.T_fixed, design.t_response, terms)
+        futures, facts = remote_shards(moments, model)
+    within = reduce(add, (fact.within for fact in facts))
+    elsewhere: RemoteFactors | None = RemoteFactors(futures, moments.client)
+    evaluated: tuple[OneLevel, ...] = ()
+    if sum(fact.nbytes for fact in facts) <= MERGED:
+        elsewhere, evaluated = None, evaluated_here(moments.client, futures)
+    found = assembled(totals, model, (), within, evaluated=evaluated)
+    found = replace(found, factors=replace(found.factors, elsewhere=elsewhere))
+    _check_response(design, found)
+    labels = keys.Labels(design.spec.group, tuple(pa.nulls(0) for _ in design.spec.group))
+    return Prepared(
+        moments,
+        design,
+        bars,
+        tuple(design.terms[i] for i in ranked),
+        (labels,) * len(ranked),
+        labels,
+        nowhere,
+        found,
+        futures,
+    )
+
+
+def _check_response(design: Design, found: Problem) -> None:
+    total = float(found.factors.total[-1]) if found.response.scale > 0 else 0.0
+    if total <= 0.0:
+        raise DataError(
+            f"the response {design.spec.formula.response_text!r} is constant: "
+            "there is no variance to explain"
+        )
 
 
 def _check_single_rows(moments: Moments, bars: Sequence[BarDesign], terms: Sequence[Term]) -> None:
@@ -181,11 +272,11 @@ def _reference_levels(
     return out
 
 
-def _problem(
-    moments: Moments, design: Design, bars: Sequence[BarDesign], terms: Sequence[Term]
-) -> Problem:
+@contextmanager
+def _named(bars: Sequence[BarDesign], terms: Sequence[Term]) -> Iterator[None]:
+    """Errors of the core, in the words of the formula."""
     try:
-        return problem(moments.group, design.T_fixed, design.t_response, terms)
+        yield
     except DependentColumns as err:
         bar = bars[err.block]
         if bar.component is not None:

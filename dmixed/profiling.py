@@ -10,8 +10,8 @@ from scipy.optimize import minimize
 
 from dmixed.blocks import Floats
 from dmixed.constrained import fit_constrained
+from dmixed.dispatch import one_blas_thread
 from dmixed.errors import DataError, NotSupportedError
-from dmixed.executor import one_blas_thread
 from dmixed.fitting import Estimates, Search, criterion_at
 from dmixed.held import Held, pieces
 from dmixed.inference.joint import natural_of_user

@@ -69,9 +69,7 @@ class RowsOfModel(LikelihoodFunctions):
             assert rows.codes is not None
             assert rows.labels is not None
             assert rows.response is not None
-            cell = np.append(keys.lookup(self._prepared.moments.labels, rows.labels), -1)[
-                rows.codes
-            ]
+            cell = np.append(keys.lookup(self._prepared.here.labels, rows.labels), -1)[rows.codes]
             found.append((rows.response, rows.X, rows.Z, cell, rows.complete & (cell >= 0)))
         kept = np.concatenate([f[4] for f in found])
         index = self.source.index()
@@ -172,7 +170,7 @@ class RowsOfModel(LikelihoodFunctions):
     @property
     def n_groups(self) -> int:
         """Number of groups."""
-        return len(self._prepared.groups)
+        return self._prepared.n_groups
 
     @property
     def data(self) -> ModelNames:

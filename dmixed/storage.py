@@ -148,7 +148,7 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
     OSError
         the directory cannot be written
     """
-    moments = result.prepared.moments
+    moments = result.prepared.here
     spec, group, labels = moments.spec, moments.group, moments.labels
     if own := _own_functions(spec):
         raise DataError(

@@ -193,14 +193,14 @@ def _number(value: float) -> str:
 
 def _header(result: Any, yname: str) -> pd.DataFrame:
     """Labels and values in two pairs of columns."""
-    sizes = np.asarray(result.group_sizes)
+    smallest, largest, mean = result.group_size_range
     left = {
         "Model:": "MixedLM",
         "No. Observations:": f"{result.nobs:d}",
         "No. Groups:": f"{result.n_groups:d}",
-        "Min. group size:": f"{sizes.min():d}",
-        "Max. group size:": f"{sizes.max():d}",
-        "Mean group size:": f"{sizes.mean():.1f}",
+        "Min. group size:": f"{smallest:d}",
+        "Max. group size:": f"{largest:d}",
+        "Mean group size:": f"{mean:.1f}",
     }
     right = {
         "Dependent Variable:": str(yname),

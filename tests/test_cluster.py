@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -95,3 +97,37 @@ def test_results_from_a_cluster_outlive_it(threads, cluster):
         result = dmixed.lmer(FORMULA, table(), client=client)
     assert str(result.summary()) == str(threads.summary())
     assert np.allclose(result.fittedvalues, threads.fittedvalues, atol=1e-8)
+
+
+# ------------------------------------------------------------------------ moments on workers
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("formula", [FORMULA, "y ~ x + (1 | g)", "y ~ x + (1 | g) + (0 + x | g)"])
+def test_evaluated_on_the_workers(cluster, source, formula):
+    with Client(cluster) as client:
+        here = dmixed.lmer(formula, source, client=client)
+        there = dmixed.lmer(formula, source, client=client, evaluate_on="workers")
+        assert there._prepared.shards
+        assert there.llf == pytest.approx(here.llf, abs=1e-8)
+        assert np.allclose(there.fe_params, here.fe_params, rtol=1e-9)
+        assert np.allclose(there.bse_fe, here.bse_fe, rtol=1e-8)
+        assert np.allclose(there.bse_re, here.bse_re, rtol=1e-6)
+        assert there.n_groups == here.n_groups == 40
+        assert there.nobs == here.nobs
+        assert there.dropped == here.dropped
+        assert str(there.summary()).splitlines()[4:] == str(here.summary()).splitlines()[4:]
+        with pytest.raises(dmixed.NotSupportedError, match="on the workers"):
+            there.ranef()
+        with pytest.raises(dmixed.NotSupportedError, match="cannot be pickled"):
+            pickle.dumps(there)
+
+
+@pytest.mark.timeout(120)
+def test_what_cannot_be_evaluated_on_workers(cluster):
+    with pytest.raises(dmixed.DmixedError, match="needs a cluster"):
+        dmixed.lmer(FORMULA, table(), evaluate_on="workers")
+    with pytest.raises(dmixed.DataError, match='"auto", "driver" or "workers"'):
+        dmixed.lmer(FORMULA, table(), evaluate_on="moon")
+    with Client(cluster), pytest.raises(dmixed.NotSupportedError, match="one grouping factor"):
+        dmixed.lmer("y ~ x + (1 | g/f)", table(), evaluate_on="workers")

@@ -18,7 +18,7 @@ import pytest
 
 from dmixed import keys
 from dmixed.errors import DataError
-from dmixed.sources import base, load, memory, open_source
+from dmixed.sources import base, load, memory, open_source, stream
 
 ROWS = {
     "y": [1.0, 2.5, None, -4.0, 5.0],
@@ -306,7 +306,14 @@ class TestRefusals:
         pq.write_table(table(), tmp_path / "f.parquet")
         (tmp_path / "_delta_log").mkdir()
         (tmp_path / "_delta_log" / "0.json").touch()
-        with pytest.raises(DataError, match="is a Delta table"):
+        with pytest.raises(DataError, match=r"Delta table"):  # without deltalake, or with
+            open_source(tmp_path)
+        (tmp_path / "_delta_log").rename(tmp_path / ".hoodie")
+        with pytest.raises(DataError, match="is a Hudi table"):
+            open_source(tmp_path)
+        (tmp_path / ".hoodie").rename(tmp_path / "metadata")
+        (tmp_path / "metadata" / "0.json").rename(tmp_path / "metadata" / "v1.metadata.json")
+        with pytest.raises(DataError, match="is an Iceberg table"):
             open_source(tmp_path)
 
 
@@ -882,6 +889,24 @@ class TestObjectStore:
         monkeypatch.setattr(s3file, "_fetch_range", counted)
         assert load(part).column("x3").equals(wide.column("x3"))
         assert 400_000 <= sum(travelled) < 600_000  # of 16 MB
+
+    @pytest.mark.parametrize("get", [load, lambda part: list(stream(part))], ids=["load", "stream"])
+    def test_credentials_that_expire_on_the_way(self, s3, monkeypatch, get):
+        fs, options = s3
+        (part,) = open_source("s3://lake/t/year=2021", options).parts(["y"])
+
+        def refuse(self, start, end):
+            raise PermissionError("The token of wJalrXUtnFEMI has expired\nat https://a/b?sig=c")
+
+        kind = type(fs.open("lake/t/year=2021/b.parquet", "rb"))
+        probe = open_source("s3://lake/t/year=2021", options).probe(["y"])
+        monkeypatch.setattr(kind, "_fetch_range", refuse)
+        assert "The token of *** has expired" in pickle.loads(pickle.dumps(probe))()
+        message = (
+            r"s3://lake/t/year=2021/b\.parquet cannot be read: The token of \*\*\* has expired$"
+        )
+        with pytest.raises(DataError, match=message):
+            get(pickle.loads(pickle.dumps(part)))
 
     def test_refused_access_names_the_uri_only(self, s3, monkeypatch):
         fs, options = s3

@@ -55,7 +55,7 @@ def fit(
         "reml": True,
         "nobs": 240,
         "n_groups": 30,
-        "group_sizes": np.array([7, 8, 9] * 10),
+        "group_size_range": (7, 9, 8.0),
         "group_name": "g",
         "factors": {"g": 30},
         "scale": 1.25,

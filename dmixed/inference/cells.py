@@ -73,18 +73,21 @@ def cell_errors(problem: Problem, root: Floats, sigma2: float) -> CellErrors:
     where = columns_of_terms(problem)
     N, c, p = len(problem.terms[0].codes), where[-1].stop, problem.factors.p
     cov, slope = np.zeros((N, c, c)), np.zeros((N, c, p))
-    cluster = None if problem.one_level else clusters(problem.terms)[0]
+    cluster, first = None if problem.one_level else clusters(problem.terms)[0], 0
     for part in problem.factors.parts:
         if isinstance(part, OneLevel):
-            _one_level(part, root, cov, slope)
+            own = slice(first, first + part.n_groups)
+            _one_level(part, root, cov[own], slope[own])
+            first = own.stop
         else:
             assert cluster is not None
             _bucket(problem, part, root, cluster, cov, slope)
     D = np.zeros((c, c))
-    for term, own in zip(problem.terms, where, strict=True):
+    for term, columns in zip(problem.terms, where, strict=True):
         block = problem.factors.blocks.slices[term.block]
         half = np.linalg.inv(problem.natural[block, block])
-        D[own, own] = half[0, 0] * np.eye(own.stop - own.start) if term.repeated else half
+        size = columns.stop - columns.start
+        D[columns, columns] = half[0, 0] * np.eye(size) if term.repeated else half
     to_work = problem.fixed.to_work
     for start in range(0, N, GROUPS):
         some = slice(start, start + GROUPS)
@@ -126,17 +129,24 @@ def _one_level(part: OneLevel, root: Floats, cov: Floats, slope: Floats) -> None
 
 def effect_variances(problem: Problem, root: Floats, sigma2: float) -> list[Floats]:
     """Per block (n_effects, q_j) conditional variances of its effects given beta, user units."""
-    part, blocks = problem.factors.parts[0], problem.factors.blocks
-    if not isinstance(part, OneLevel):
-        number = range(len(blocks.sizes))
-        found = (conditional_covariances(problem, root, sigma2, block) for block in number)
-        return [np.einsum("naa->na", cov).copy() for cov in found]
+    parts, blocks = problem.factors.parts, problem.factors.blocks
+    found = [_one_level_variances(problem, x, root) for x in parts if isinstance(x, OneLevel)]
+    if len(found) == len(parts):
+        variances = sigma2 * np.concatenate(found)
+        return [variances[:, where] for where in blocks.slices]
+    number = range(len(blocks.sizes))
+    covariances = (conditional_covariances(problem, root, sigma2, block) for block in number)
+    return [np.einsum("naa->na", cov).copy() for cov in covariances]
+
+
+def _one_level_variances(problem: Problem, part: OneLevel, root: Floats) -> Floats:
+    """Relative conditional variances (G, q), user units."""
     half, out = np.linalg.inv(problem.natural), np.empty((part.n_groups, len(root)))
     for start in range(0, part.n_groups, GROUPS):
         groups = slice(start, min(start + GROUPS, part.n_groups))
         user = half @ _one_level_roots(part, root, groups).T  # (g, q, q) from (q, q, g)
         out[groups] = np.einsum("gat,gat->ga", user, user)
-    return [sigma2 * out[:, where] for where in blocks.slices]
+    return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)

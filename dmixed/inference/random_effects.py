@@ -46,9 +46,12 @@ def conditional_modes(problem: Problem, root: Floats, beta: Floats) -> tuple[Flo
     blocks = problem.factors.blocks
     v = np.append(-beta, problem.factors.y_scale)
     found = [np.zeros((n_effects(problem, j), size)) for j, size in enumerate(blocks.sizes)]
+    first = 0
     for part in problem.factors.parts:
         if isinstance(part, OneLevel):
-            _one_level_modes(problem, part, root, v, found)
+            own = [b[first : first + part.n_groups] for b in found]
+            _one_level_modes(problem, part, root, v, own)
+            first += part.n_groups
         else:
             _bucket_modes(problem, part, root, v, found)
     return tuple(b @ _to_user(problem, j).T for j, b in enumerate(found))
@@ -95,12 +98,14 @@ def conditional_covariances(problem: Problem, root: Floats, sigma2: float, block
     """Conditional covariances (n_effects, q_j, q_j) of the effects of a block, user units."""
     size = problem.factors.blocks.sizes[block]
     out = np.zeros((n_effects(problem, block), size, size))
+    first = 0
     for part in problem.factors.parts:
         if isinstance(part, OneLevel):
+            where, own = problem.factors.blocks.slices[block], out[first : first + part.n_groups]
             for start in range(0, part.n_groups, GROUPS):
-                where = problem.factors.blocks.slices[block]
                 groups = slice(start, min(start + GROUPS, part.n_groups))
-                out[groups] = _one_level_covariances(part, root, groups)[:, where, where]
+                own[groups] = _one_level_covariances(part, root, groups)[:, where, where]
+            first += part.n_groups
         else:
             _bucket_covariances(problem, part, root, block, out)
     half = _to_user(problem, block)
@@ -170,11 +175,15 @@ def joint_covariance(
     problem: Problem, root: Floats, sigma2: float, cluster: int
 ) -> JointCovariance:
     """Conditional covariance of all effects of one cluster (of a group, with one factor)."""
-    blocks = problem.factors.blocks
+    blocks, first = problem.factors.blocks, 0
     for part in problem.factors.parts:
         if isinstance(part, OneLevel):
+            place = cluster - first
+            first += part.n_groups
+            if place >= part.n_groups:
+                continue
             half = np.linalg.inv(problem.natural)
-            cov = _one_level_covariances(part, root, slice(cluster, cluster + 1))[0]
+            cov = _one_level_covariances(part, root, slice(place, place + 1))[0]
             effects = [(j, cluster, a) for j, size in enumerate(blocks.sizes) for a in range(size)]
             return JointCovariance(np.array(effects, dtype=np.intp), sigma2 * half @ cov @ half.T)
         position = np.searchsorted(part.clusters, cluster)

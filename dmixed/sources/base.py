@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,12 @@ class Part:
         the columns it reads
     numbers
         for a Dask partition, the declared types of its columns of numbers and booleans
+    nbytes
+        compressed bytes of the columns it reads, None where no metadata tells
+    ranges
+        (smallest, largest) value of columns whose statistics were asked for: bounds that no value
+        is outside of, not always attained; nulls do not count. Whole numbers, dates, timestamps
+        and text only, where metadata tell it of all rows
     """
 
     name: str
@@ -39,6 +45,30 @@ class Part:
     task: Any
     columns: tuple[str, ...]
     numbers: Mapping[str, str] = field(default_factory=dict)
+    nbytes: int | None = None
+    ranges: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells one state of a file from another.
+
+    Attributes
+    ----------
+    name
+        path or URI, as messages show it
+    size
+        bytes, or None where the storage does not say
+    stamp
+        its etag or time of modification, or "" where the storage does not say
+    rows
+        number of rows, or None where only reading would tell
+    """
+
+    name: str
+    size: int | None
+    stamp: str
+    rows: int | None
 
 
 class Source(Protocol):
@@ -46,7 +76,7 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """One of "pandas", "polars", "arrow", "dask", "parquet"."""
+        """One of "pandas", "polars", "arrow", "dask", "parquet", "delta", "iceberg"."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -58,11 +88,33 @@ class Source(Protocol):
         The first rows, past empty parts; in memory an evenly strided sample.
         """
 
-    def parts(self, columns: Sequence[str]) -> list[Part]:
-        """All rows as parts, at least one, planned without reading any row."""
+    def parts(self, columns: Sequence[str], statistics: Collection[str] = ()) -> list[Part]:
+        """All rows as parts, at least one, planned without reading any row.
+
+        `Part.ranges` are looked up for the columns in `statistics`, which are some of `columns`.
+        """
 
     def index(self) -> pd.Index | None:
         """Row labels, if the data is a pandas DataFrame."""
+
+    def probe(self, columns: Sequence[str]) -> Callable[[], str | None]:
+        """What a worker calls before a pass, small when pickled.
+
+        It returns None if the first file can be opened there, else one line that says why not;
+        for data that travels to the workers it returns None.
+        """
+
+    def fingerprints(self) -> tuple[Fingerprint, ...]:
+        """One for each file that holds rows; none for data in memory or on a cluster."""
+
+    @property
+    def snapshot(self) -> str | None:
+        """State of a table that has several, such as "delta version 3"."""
+
+
+def always_there() -> str | None:
+    """Probe of data that travels to the workers."""
+    return None
 
 
 def check_columns(columns: Collection[str], available: Sequence[object]) -> tuple[str, ...]:
@@ -80,6 +132,47 @@ def check_columns(columns: Collection[str], available: Sequence[object]) -> tupl
 def rows_per_part(n_columns: int) -> int:
     """Rows of a part at most, for so many columns."""
     return max(1, min(ROWS, CELLS // max(n_columns, 1)))
+
+
+def gathered(tables: Iterable[pa.Table], limit: int) -> Iterator[pa.Table]:
+    """The same rows in tables of at most `limit` rows, each column in one piece of memory.
+
+    Small tables are joined and large ones cut; without rows there is one empty table.
+
+    Parameters
+    ----------
+    tables
+        at least one, all of one schema
+    """
+    held: list[pa.Table] = []
+    rows, empty, found = 0, None, False
+    for table in tables:
+        empty = table
+        for start in range(0, len(table), limit):
+            some = table.slice(start, limit)
+            if rows + len(some) > limit:
+                yield _joined(held)
+                held, rows, found = [], 0, True
+            held.append(some)
+            rows += len(some)
+    if held:
+        yield _joined(held)
+    elif not found and empty is not None:
+        yield empty.slice(0, 0)
+
+
+def concatenated(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Table:
+    """All rows of tables of a schema; empty ones leave no trace in the chunks of the columns."""
+    filled = [table for table in tables if len(table)]
+    return pa.concat_tables(filled) if filled else schema.empty_table()
+
+
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table, of one array for each column; nothing is copied where there is one already."""
+    table = tables[0] if len(tables) == 1 else pa.concat_tables(tables)
+    if all(column.num_chunks == 1 for column in table.columns):
+        return table
+    return table.combine_chunks()
 
 
 def join_types(a: pa.DataType, b: pa.DataType, numbers: bool = False) -> pa.DataType | None:

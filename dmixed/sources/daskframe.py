@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,14 @@ import pyarrow as pa
 from dask import delayed
 
 from dmixed.errors import DataError
-from dmixed.sources.base import Part, check_columns, is_text, join_types
+from dmixed.sources.base import (
+    Fingerprint,
+    Part,
+    always_there,
+    check_columns,
+    is_text,
+    join_types,
+)
 from dmixed.sources.frames import arrow_from_pandas
 
 if TYPE_CHECKING:
@@ -57,8 +64,9 @@ class DaskSource:
         filled = [(name, t) for name, t in found if len(t)]
         return _with_values(_concatenated(filled or found[:1]), rows)
 
-    def parts(self, columns: Sequence[str]) -> list[Part]:
+    def parts(self, columns: Sequence[str], statistics: Collection[str] = ()) -> list[Part]:
         """One part per partition."""
+        del statistics
         names = check_columns(columns, self.columns)
         wanted = frozenset(names)
         if wanted not in self._built:  # the graph takes seconds, the pilot and the pass share it
@@ -73,6 +81,20 @@ class DaskSource:
 
     def index(self) -> pd.Index | None:
         """Return None: the row labels are on the cluster."""
+        return None
+
+    def probe(self, columns: Sequence[str]) -> Callable[[], str | None]:
+        """Return a function that returns None: Dask makes the partitions."""
+        del columns
+        return always_there
+
+    def fingerprints(self) -> tuple[Fingerprint, ...]:
+        """Return none: what the partitions are made of is not known here."""
+        return ()
+
+    @property
+    def snapshot(self) -> str | None:
+        """None."""
         return None
 
     def selected(self, columns: Sequence[str]) -> dd.DataFrame:

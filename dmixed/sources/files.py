@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -24,7 +24,13 @@ _OTHER_FORMATS = {
     ".xlsx", ".sas7bdat", ".dta", ".rds",
 }  # fmt: skip
 # Folders of table formats hold files that are no longer part of the table.
-_TABLES = {"_delta_log": "a Delta", ".hoodie": "a Hudi"}
+DELTA_LOG = "_delta_log"
+_TABLES = {DELTA_LOG: "a Delta", ".hoodie": "a Hudi"}
+_STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified",
+           "last_modified", "updated", "modified")  # fmt: skip
+
+
+State: TypeAlias = tuple[int | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,40 @@ class FileSet:
         for each file, the values of its ``key=value`` folders, None for hive's null folder
     prefix
         what messages put before a path, "s3://" or nothing
+    states
+        for each file, its size in bytes and etag or time of modification, as it was listed
     """
 
     filesystem: pa.fs.FileSystem
     paths: tuple[str, ...]
     folders: tuple[dict[str, str | None], ...]
     prefix: str
+    states: tuple[State, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaFolder:
+    """Folder of a Delta table.
+
+    Attributes
+    ----------
+    filesystem
+        the Arrow filesystem that opens its files
+    root
+        the folder, as the filesystem wants it
+    uri
+        of the folder
+    prefix
+        what messages put before a path
+    options
+        storage options, fsspec's
+    """
+
+    filesystem: pa.fs.FileSystem
+    root: str
+    uri: str
+    prefix: str
+    options: Mapping[str, Any]
 
 
 class _Ranges(pa.fs.FSSpecHandler):  # type: ignore[misc]
@@ -60,11 +94,14 @@ class _Ranges(pa.fs.FSSpecHandler):  # type: ignore[misc]
         return pa.PythonFile(self.fs.open(path, mode="rb", cache_type="none"), mode="r")
 
 
-def find_files(location: str, storage_options: Mapping[str, Any] | None = None) -> FileSet:
+def find_files(
+    location: str, storage_options: Mapping[str, Any] | None = None
+) -> FileSet | DeltaFolder:
     """Parquet files under a path or URI: a file, a folder with its sub-folders, or a pattern.
 
     Files and folders whose name starts with ``_`` or ``.`` are passed over. Folders ``key=value``
-    below the path given, or below a pattern's first wildcard, are columns.
+    below the path given, or below a pattern's first wildcard, are columns. A folder of a Delta
+    table is left to those who can read its log.
 
     Raises
     ------
@@ -77,23 +114,35 @@ def find_files(location: str, storage_options: Mapping[str, Any] | None = None) 
     try:
         fs, root = url_to_fs(_absolute(location), **options)
         fs.invalidate_cache()  # fsspec would answer with what it listed earlier in this process
-        found, base = _list(fs, root)
+        listed = _list(fs, root)
     except FileNotFoundError:
-        found, base = [], ""
+        listed = {}, ""
     except Exception as error:  # each storage has errors of its own
         reason = redact(f"{type(error).__name__}: {error}", options)
         raise DataError(f"cannot reach {shown}: {reason}") from None
-    below = {path: PurePosixPath(path[len(base) :].lstrip("/")).parts for path in found}
+    local = isinstance(fs, LocalFileSystem)
+    filesystem = pa.fs.LocalFileSystem() if local else pa.fs.PyFileSystem(_Ranges(fs))
+    scheme = "" if local else location.split("://")[0] + "://"
+    if isinstance(listed, str):
+        prefix = "" if "://" in listed else scheme
+        if listed != root.rstrip("/"):
+            raise DataError(
+                f"{shown} is some files of the Delta table {redact(prefix + listed)}, which may be "
+                "out of date; open the table itself, with filters="
+            )
+        return DeltaFolder(filesystem, listed, prefix + listed, prefix, options)
+    entries, base = listed
+    below = {path: PurePosixPath(path[len(base) :].lstrip("/")).parts for path in entries}
     _refuse_tables(below, shown)
     paths = sorted(p for p, parts in below.items() if not any(x[0] in "_." for x in parts))
     if not paths:
         raise DataError(f"no Parquet file found at {shown}")
-    local = isinstance(fs, LocalFileSystem)
     return FileSet(
-        pa.fs.LocalFileSystem() if local else pa.fs.PyFileSystem(_Ranges(fs)),
+        filesystem,
         tuple(paths),
         tuple(_folder_values(below[p][:-1]) for p in paths),
-        "" if local or "://" in paths[0] else location.split("://")[0] + "://",
+        "" if "://" in paths[0] else scheme,
+        tuple(_state(entries[p]) for p in paths),
     )
 
 
@@ -128,8 +177,11 @@ def _absolute(location: str) -> str:
     return location if "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
-def _list(fs: Any, root: str) -> tuple[list[str], str]:
-    """Files at a path or pattern, and the part of their paths in which names do not matter."""
+def _list(fs: Any, root: str) -> tuple[dict[str, Mapping[str, Any]], str] | str:
+    """Files at a path or pattern, and the part of their paths in which names do not matter.
+
+    Returns the folder of the Delta table instead if they are of one.
+    """
     try:
         entry = fs.info(root)  # unlike `exists`, this lets a refusal through
     except FileNotFoundError:
@@ -137,18 +189,46 @@ def _list(fs: Any, root: str) -> tuple[list[str], str]:
         if wildcard is None:
             raise
         base = root[: wildcard.start()].rpartition("/")[0]
+        table = _delta_table(fs, base)
+        if table is not None:
+            return table
         matched = fs.glob(root, detail=True).values()
-        return [p for entry in matched for p in _files(fs, entry)], base
+        return {k: v for entry in matched for k, v in _files(fs, entry).items()}, base
     if entry["type"] == "file":
-        return [entry["name"]], entry["name"]
+        return {entry["name"]: entry}, entry["name"]
+    table = _delta_table(fs, root)
+    if table is not None:
+        return table
     return _files(fs, entry), entry["name"]
 
 
-def _files(fs: Any, entry: Mapping[str, Any]) -> list[str]:
-    """Return the file itself, or all files below a folder."""
+def _delta_table(fs: Any, folder: str) -> str | None:
+    """The folder if it is one of a Delta table, or what its ``key=value`` folders lie in."""
+    folder = folder.rstrip("/")
+    while True:
+        try:
+            fs.info(f"{folder}/{DELTA_LOG}")
+        except (FileNotFoundError, NotADirectoryError):
+            above, _, name = folder.rpartition("/")
+            if "=" not in name or not above:
+                return None
+            folder = above
+        else:
+            return folder
+
+
+def _files(fs: Any, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the file itself, or all files below a folder, each with what the storage tells."""
     if entry["type"] == "file":
-        return [entry["name"]]
-    return [p for p in fs.find(entry["name"]) if not p.endswith("/")]
+        return {entry["name"]: entry}
+    found = fs.find(entry["name"], detail=True)
+    return {p: file for p, file in found.items() if not p.endswith("/")}
+
+
+def _state(entry: Mapping[str, Any]) -> State:
+    """Size, and what changes when the file does."""
+    stamp = next((entry[key] for key in _STAMPS if entry.get(key) is not None), "")
+    return entry.get("size"), str(stamp).strip('"')
 
 
 def _refuse_tables(below: Mapping[str, tuple[str, ...]], shown: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmixed.errors import DataError
-from dmixed.sources.base import Part, check_columns, rows_per_part
+from dmixed.sources.base import Fingerprint, Part, always_there, check_columns, rows_per_part
 from dmixed.sources.frames import arrow_from_pandas, arrow_from_polars
 
 
@@ -44,8 +44,9 @@ class MemorySource:
         rows_taken = pa.array(np.arange(0, len(table), max(stride, 1)))
         return pa.table({n: _take(table.column(n), rows_taken, n) for n in table.column_names})
 
-    def parts(self, columns: Sequence[str]) -> list[Part]:
+    def parts(self, columns: Sequence[str], statistics: Collection[str] = ()) -> list[Part]:
         """Slices; they share the memory of the whole."""
+        del statistics
         table = self._table(columns)
         step = rows_per_part(table.num_columns)
         slices = [table.slice(i, step) for i in range(0, max(len(table), 1), step)]
@@ -57,6 +58,20 @@ class MemorySource:
     def index(self) -> pd.Index | None:
         """Row labels, if the data is a pandas DataFrame."""
         return self.labels
+
+    def probe(self, columns: Sequence[str]) -> Callable[[], str | None]:
+        """Return a function that returns None: the rows travel with the parts."""
+        del columns
+        return always_there
+
+    def fingerprints(self) -> tuple[Fingerprint, ...]:
+        """Return none: there are no files."""
+        return ()
+
+    @property
+    def snapshot(self) -> str | None:
+        """None."""
+        return None
 
     def _table(self, columns: Sequence[str]) -> pa.Table:
         """Return the columns as Arrow; each is converted once and stays what it was then."""
