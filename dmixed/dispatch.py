@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from importlib.metadata import version
 from threading import Lock
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -82,6 +83,46 @@ def find_client(client: Any = None) -> Any:
 def running(client: Any) -> Any:
     """The client if it still has a cluster, else the current one or None."""
     return client if getattr(client, "status", None) == "running" else find_client()
+
+
+def check_workers(client: Any, probe: Callable[[], str | None]) -> None:
+    """Refuse, before any work, a cluster whose workers cannot do it.
+
+    Parameters
+    ----------
+    probe
+        run on every worker: None, or why the data cannot be read there
+
+    Raises
+    ------
+    DmixedError
+        dmixed is missing there, or of another version; or the data cannot be read
+    """
+    own = version("dmixed")
+    info = client.get_versions(packages=["dmixed"])
+    others: dict[str | None, list[str]] = {}
+    for address, found in info["workers"].items():
+        there = found["packages"].get("dmixed")
+        if there != own:
+            others.setdefault(there, []).append(address)
+    if others:
+        what = "; ".join(
+            f"{_named(places)} {'no dmixed' if there is None else f'dmixed {there}'}"
+            for there, places in others.items()
+        )
+        raise DmixedError(f"here is dmixed {own}, but {what}: install the same on all workers")
+    answers = client.run(probe, on_error="return")
+    for address, reason in answers.items():
+        if reason is not None:
+            places = _named([a for a, r in answers.items() if r is not None])
+            raise DmixedError(f"{places} no access to the data: {reason} (at {address})")
+
+
+def _named(places: Sequence[str]) -> str:
+    """Some workers, as the subject of a sentence."""
+    if len(places) == 1:
+        return f"the worker {places[0]} has"
+    return f"{len(places)} workers, such as {places[0]}, have"
 
 
 def compute(

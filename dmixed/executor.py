@@ -18,7 +18,15 @@ from dask.delayed import Delayed, delayed
 
 from dmixed.collect import Moments, Summary, join, merge, parts_moments, split
 from dmixed.design import DesignSpec
-from dmixed.dispatch import RETRIES, compute, gather, one_blas_thread, persisted, unique_key
+from dmixed.dispatch import (
+    RETRIES,
+    check_workers,
+    compute,
+    gather,
+    one_blas_thread,
+    persisted,
+    unique_key,
+)
 from dmixed.errors import DmixedError, NotSupportedError
 from dmixed.evaluation import RemoteMoments
 from dmixed.formula.expressions import columns_of
@@ -78,6 +86,8 @@ def collect(
     DmixedError
         from the parts, naming the file or partition; or the cluster lost its workers
     """
+    if client is not None:
+        check_workers(client, source.probe(spec.columns))
     parts = source.parts(spec.columns, _key_columns(spec))
     remote = where == "workers"
     if remote:
@@ -135,7 +145,7 @@ def _layout(
     remote: bool,
 ) -> Layout:
     """How to divide the pass; from metadata, a sample of keys, and the pilot's columns."""
-    rows = sum(part.rows or 0 for part in parts)
+    rows = sum(_rows(part) for part in parts)
     sample = pilot
     if source.kind != "dask":
         sample = source.head(_key_columns(spec), SAMPLE_ROWS)
@@ -151,6 +161,13 @@ def _layout(
 def _key_columns(spec: DesignSpec) -> tuple[str, ...]:
     """Data columns of the keys."""
     return tuple(dict.fromkeys(name for key in spec.keys for name in columns_of(key.node)))
+
+
+def _rows(part: Part) -> int:
+    """Rows of a part: counted, or as many as its bytes would be of numbers, or 0."""
+    if part.rows is not None:
+        return part.rows
+    return (part.nbytes or 0) // (8 * len(part.columns))
 
 
 def _length(part: Part, value: Any) -> int:

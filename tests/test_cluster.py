@@ -163,3 +163,39 @@ def test_outputs_of_groups_on_the_workers(cluster, threads, source, tmp_path_fac
         lazy = there.predict(dd.from_pandas(new, npartitions=3), groups=True)
         assert np.allclose(lazy.compute(), threads.predict(new, groups=True), equal_nan=True)
         assert np.allclose(there.predict(new), threads.predict(new), equal_nan=True)
+
+
+# ------------------------------------------------------------------------ workers that cannot
+
+
+def hide(hidden):
+    """Make a worker tell of another dmixed, or of none."""
+    from distributed import versions
+
+    found = versions.get_package_info
+    versions.get_package_info = lambda names: {**dict(found(names)), "dmixed": hidden}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("hidden", "words"), [("0.0.9", "dmixed 0.0.9"), (None, "no dmixed")])
+def test_workers_with_another_dmixed(hidden, words):
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as own,
+        Client(own) as client,
+    ):
+        one = next(iter(client.scheduler_info()["workers"]))
+        client.run(hide, hidden=hidden, workers=[one])
+        with pytest.raises(dmixed.DmixedError, match=f"the worker {one} has {words}: install"):
+            dmixed.lmer(FORMULA, table())
+
+
+@pytest.mark.timeout(120)
+def test_data_that_workers_cannot_see(cluster):
+    uri = "memory://only-here/data.parquet"  # of this process
+    table().to_parquet(uri)
+    with (
+        Client(cluster),
+        pytest.raises(dmixed.DmixedError, match=r"2 workers, such as tcp.* have no access to the "
+                      r"data: .*only-here/data\.parquet"),
+    ):  # fmt: skip
+        dmixed.lmer(FORMULA, uri)
