@@ -6,7 +6,6 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -129,7 +128,7 @@ class Read:
 
     def __call__(self) -> pa.Table:
         """Read the rows, each row group into one array."""
-        return concatenated(self.schema, self._tables(ONE_BATCH, None))
+        return concatenated(self.schema, self._tables(ONE_BATCH))
 
     def tables(self, limit: int) -> Iterator[pa.Table]:
         """Read the rows in tables of at most `limit` rows, one at a time."""
@@ -140,7 +139,7 @@ class Read:
         found: list[pa.Table] = []
         count = 0
         size = rows if self.filtering is None else max(rows, PEEK)
-        for table in self._tables(size, BUFFER):
+        for table in self._tables(size):
             found.append(table)
             count += len(table)
             if count >= rows:
@@ -149,12 +148,12 @@ class Read:
 
     def _with_types(self, limit: int) -> Iterator[pa.Table]:
         yield self.schema.empty_table()
-        yield from self._tables(limit, BUFFER)
+        yield from self._tables(limit)
 
-    def _tables(self, size: int, buffer: int | None) -> Iterator[pa.Table]:
+    def _tables(self, size: int) -> Iterator[pa.Table]:
         for piece in self.pieces:
             filtering = None if piece.whole else self.filtering
-            yield from _piece_tables(piece, self.schema, filtering, size, buffer)
+            yield from _piece_tables(piece, self.schema, filtering, size)
 
 
 def _piece_tables(
@@ -162,13 +161,12 @@ def _piece_tables(
     schema: pa.Schema,
     filtering: tuple[pc.Expression, pa.Schema] | None,
     size: int,
-    buffer: int | None,
 ) -> Iterator[pa.Table]:
     """Rows of a piece; an error starts with its name."""
     wanted = schema if filtering is None else pa.unify_schemas([schema, filtering[1]])
     count = 0
     try:
-        read = partial(_decoded, buffer=buffer) if piece.place.plain else _scanned
+        read = _decoded if piece.place.plain else _scanned
         tables = read(piece, wanted, size)
         for table in tables:
             count += len(table)
@@ -212,11 +210,15 @@ def _scanned(piece: Piece, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch])
 
 
-def _decoded(piece: Piece, schema: pa.Schema, size: int, buffer: int | None) -> Iterator[pa.Table]:
-    """Rows through the Parquet reader, which decodes no more than it is asked for."""
+def _decoded(piece: Piece, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
+    """Rows through the Parquet reader, which decodes no more than it is asked for.
+
+    What fits into one table is fetched at once, the columns side by side.
+    """
+    at_once = piece.rows is not None and piece.rows <= size
     folder = piece.place.folder
     with piece.place.open() as source:
-        file = pq.ParquetFile(source, pre_buffer=buffer is None, buffer_size=buffer or 0)
+        file = pq.ParquetFile(source, pre_buffer=at_once, buffer_size=0 if at_once else BUFFER)
         present = file.schema_arrow.names
         stored = [name for name in schema.names if name in present]
         fixed = {
