@@ -14,6 +14,7 @@ from dmixed.errors import (
 from dmixed.model import MixedLM, lmer, mixedlm
 from dmixed.moments import GroupMoments
 from dmixed.params import MixedLMParams, VCSpec
+from dmixed.plans import Plan, plan
 from dmixed.results import MixedLMResults
 
 __version__ = version("dmixed")
@@ -30,8 +31,10 @@ __all__ = [
     "MixedLMResults",
     "Moments",
     "NotSupportedError",
+    "Plan",
     "VCSpec",
     "__version__",
     "lmer",
     "mixedlm",
+    "plan",
 ]

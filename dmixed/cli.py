@@ -92,6 +92,59 @@ Verbose = Annotated[
 ]
 
 
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="URI",
+        help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path; "
+        "or the directory of a Delta table.",
+    ),
+]
+
+Formula = Annotated[
+    str,
+    typer.Option(
+        "--formula",
+        metavar="FORMULA",
+        help="Model in lme4's spelling, such as 'y ~ x + (1 + x | g)'.",
+    ),
+]
+
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", metavar="COLUMN", help="Column of weights: error variance sigma2 / weight."
+    ),
+]
+
+Offset = Annotated[
+    str | None,
+    typer.Option(
+        "--offset", metavar="COLUMN", help="Column of a known addition to the fixed part."
+    ),
+]
+
+Filters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="CONDITION",
+        help="Use only the rows where COLUMN OPERATOR VALUE holds, such as 'year >= 2024' or "
+        "\"site == 'a'\"; may be repeated, then all must hold.",
+    ),
+]
+
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Dask scheduler to run on, tcp://host:port; threads of this machine by default.",
+    ),
+]
+
+
 def main() -> None:
     """Run the command ``dmixed`` and exit with its status."""
     app(prog_name="dmixed")
@@ -115,39 +168,14 @@ def _options(
 
 @app.command(epilog=app.info.epilog)
 def fit(
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="URI",
-            help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path; "
-            "or the directory of a Delta table.",
-        ),
-    ],
-    formula: Annotated[
-        str,
-        typer.Option(
-            "--formula",
-            metavar="FORMULA",
-            help="Model in lme4's spelling, such as 'y ~ x + (1 + x | g)'.",
-        ),
-    ],
+    data: Data,
+    formula: Formula,
     reml: Annotated[
         bool,
         typer.Option("--reml/--ml", help="Restricted maximum likelihood, or maximum likelihood."),
     ] = True,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights", metavar="COLUMN", help="Column of weights: error variance sigma2 / weight."
-        ),
-    ] = None,
-    offset: Annotated[
-        str | None,
-        typer.Option(
-            "--offset", metavar="COLUMN", help="Column of a known addition to the fixed part."
-        ),
-    ] = None,
+    weights: Weights = None,
+    offset: Offset = None,
     missing: Annotated[
         Missing,
         typer.Option(
@@ -155,23 +183,8 @@ def fit(
             help="Rows with missing values: drop and count them, or stop with an error.",
         ),
     ] = Missing.drop,
-    conditions: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--filter",
-            metavar="CONDITION",
-            help="Use only the rows where COLUMN OPERATOR VALUE holds, such as 'year >= 2024' or "
-            "\"site == 'a'\"; may be repeated, then all must hold.",
-        ),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            "--scheduler",
-            metavar="ADDRESS",
-            help="Dask scheduler to run on, tcp://host:port; threads of this machine by default.",
-        ),
-    ] = None,
+    conditions: Filters = None,
+    scheduler: Scheduler = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -197,10 +210,8 @@ def fit(
         raise typer.BadParameter(
             f"{method!r} is not one of {', '.join(SCIPY_METHODS)}", param_hint="--method"
         )
-    try:
-        filters = [parse_filter(text) for text in conditions or ()]
-    except DataError as err:
-        raise typer.BadParameter(str(err), param_hint="--filter") from err
+    filters = _filters(conditions)
+    here = out is not None or save is not None  # the client is gone when files are written
 
     def call() -> MixedLMResults:
         with _client(scheduler) as client:
@@ -213,8 +224,9 @@ def fit(
                 missing=missing.value,
                 client=client,
                 method=method,
-                filters=filters or None,
+                filters=filters,
                 progress=progress,
+                evaluate_on="driver" if here else "auto",
             )
 
     if save is not None:
@@ -227,6 +239,32 @@ def fit(
     if save is not None:
         with _errors_in_one_line():
             result.save(save)
+
+
+@app.command(epilog="Exit status: 0 planned, 1 error, 2 wrong usage.")
+def plan(
+    data: Data,
+    formula: Formula,
+    weights: Weights = None,
+    offset: Offset = None,
+    conditions: Filters = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Say what a fit would do, from metadata and a sample: rows, bytes, groups, memory, where."""
+    filters = _filters(conditions)
+    with _errors_in_one_line(), _client(scheduler) as client:
+        found = dmixed.plan(
+            formula, data, weights=weights, offset=offset, client=client, filters=filters
+        )
+    typer.echo(found)
+
+
+def _filters(conditions: list[str] | None) -> list[Any] | None:
+    """Conditions of ``--filter``, of which all must hold."""
+    try:
+        return [parse_filter(text) for text in conditions or ()] or None
+    except DataError as err:
+        raise typer.BadParameter(str(err), param_hint="--filter") from err
 
 
 class NewGroups(StrEnum):

@@ -33,6 +33,7 @@ from dmixed.formula.expressions import columns_of
 from dmixed.planning import (
     SAMPLE_ROWS,
     Layout,
+    PassPlan,
     divisible,
     group_bytes,
     layout,
@@ -88,11 +89,11 @@ def collect(
     """
     if client is not None:
         check_workers(client, source.probe(spec.columns))
-    parts = source.parts(spec.columns, _key_columns(spec))
     remote = where == "workers"
     if remote:
         _check_remote(spec, client)
-    plan = _layout(spec, source, parts, pilot, client, remote)
+    parts, planned = plan_pass(spec, source, pilot, client, remote)
+    plan = planned.layout
     numbered = list(zip(parts, _starts(parts), strict=True))
     with _told(report, len(parts), client) as topic:
         read = partial(_parts_moments, spec, plan.expected, topic)
@@ -136,15 +137,15 @@ def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
     return [_tree([_piece(state, s) for state in divided]) for s in range(plan.shards)]
 
 
-def _layout(
-    spec: DesignSpec,
-    source: Source,
-    parts: Sequence[Part],
-    pilot: pa.Table,
-    client: Any,
-    remote: bool,
-) -> Layout:
-    """How to divide the pass; from metadata, a sample of keys, and the pilot's columns."""
+def plan_pass(
+    spec: DesignSpec, source: Source, pilot: pa.Table, client: Any = None, remote: bool = False
+) -> tuple[list[Part], PassPlan]:
+    """Parts of a source and how to divide them.
+
+    From metadata, a sample of keys, and the pilot's columns; of Dask DataFrames of many
+    partitions one is counted.
+    """
+    parts = source.parts(spec.columns, _key_columns(spec))
     rows = sum(_rows(part) for part in parts)
     sample = pilot
     if source.kind != "dask":
@@ -155,7 +156,12 @@ def _layout(
     if len(spec.keys) == 1:
         ranges = [part.ranges.get(spec.keys[0].name) for part in parts]
         keys = with_ranges(keys, [pair for pair in ranges if pair] if all(ranges) else [])
-    return layout(spec, parts, rows, keys, group_bytes(spec, pilot), remote)
+    size = group_bytes(spec, pilot)
+    counted = all(part.rows is not None for part in parts)
+    known = [part.nbytes for part in parts if part.nbytes is not None]
+    nbytes = sum(known) if len(known) == len(parts) else None
+    divided = layout(spec, parts, rows, keys, size, remote)
+    return parts, PassPlan(len(parts), rows, counted, nbytes, keys, divided, size)
 
 
 def _key_columns(spec: DesignSpec) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ class MixedLM(FitsOfModel):
         if isinstance(vc_formula, Mapping) and all(isinstance(name, str) for name in vc_formula):
             vc_formula = dict(sorted(vc_formula.items()))  # as statsmodels orders them
         parsed = parse_parts(formula, key, re_formula, own, vc_formula)
-        place = _place(storage_options, filters, version, snapshot)
+        place = placed(storage_options, filters, version, snapshot)
         model = cls._of(parsed, data, weights, offset, missing, client, own, place)
         model.use_sqrt = bool(use_sqrt)
         model.progress = checked(progress)
@@ -385,7 +385,7 @@ def lmer(
         missing,
         client,
         context,
-        _place(storage_options, filters, version, snapshot),
+        placed(storage_options, filters, version, snapshot),
     )
     if not isinstance(reml, (bool, np.bool_)):
         raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
@@ -402,7 +402,7 @@ def lmer(
     return model._result(found, False, {}, stacklevel=3)
 
 
-def _place(
+def placed(
     storage_options: Mapping[str, Any] | None,
     filters: Any,
     version: int | None,

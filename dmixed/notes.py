@@ -12,13 +12,17 @@ from dmixed.summary import few_rows, held_at_zero
 NOTABLE = 1e-6
 """Rounding of the criterion, deviance units, that a summary mentions."""
 
+GIANT = 0.2
+"""Share of the rows in one group that a summary mentions, where there are many groups."""
+
 
 def fit_notes(prepared: Prepared, estimates: Estimates) -> tuple[str, ...]:
     """Sentences on rows that are too few, and on parameters that were held."""
     problem = prepared.problem
     blocks = problem.factors.blocks
     effects = sum(n_effects(problem, j) * size for j, size in enumerate(blocks.sizes))
-    notes = list(few_rows(prepared.moments.nobs, effects, problem.factors.p))
+    notes = list(few_rows(prepared.nobs, effects, problem.factors.p))
+    notes += giant_group(prepared)
     notes += [held_at_zero(prepared.bars[j].text) for j in blocks.held]
     held = [
         name
@@ -53,3 +57,15 @@ def _digits_lost(estimates: Estimates) -> tuple[str, ...]:
         f"{proof.digits_lost:.0f} of its 16 digits were lost to rounding, because columns are "
         "nearly dependent, or effects are far larger than the noise.",
     )
+
+
+def giant_group(prepared: Prepared) -> list[str]:
+    """Whether one of many groups has a large share of the rows."""
+    _, largest, _ = prepared.group_sizes
+    share = largest / prepared.nobs
+    if share < GIANT or prepared.n_groups * GIANT < 1.0:
+        return []
+    return [
+        f"One group has {share:.0%} of the rows. That does no harm to the estimates; see whether "
+        "its key stands for missing ones."
+    ]

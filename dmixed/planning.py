@@ -96,6 +96,45 @@ class Layout:
         assert self.shards & (self.shards - 1) == 0
 
 
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """What a pass is going to be.
+
+    Attributes
+    ----------
+    parts
+        to read
+    rows
+        in all parts, or an estimate; 0 where nothing tells
+    counted
+        whether metadata tell the rows
+    nbytes
+        compressed bytes to read, None where no metadata tells
+    keys, layout
+        see `Keys` and `Layout`
+    group_bytes
+        bytes of the sums of one group
+    """
+
+    parts: int
+    rows: int
+    counted: bool
+    nbytes: int | None
+    keys: Keys
+    layout: Layout
+    group_bytes: int
+
+    @property
+    def moments_bytes(self) -> float:
+        """Bytes of all moments, by estimate."""
+        return self.keys.groups * self.group_bytes
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of what a task holds of moments, by estimate."""
+        return self.layout.expected * self.group_bytes
+
+
 def keys_of(codes: np.ndarray, rows: int) -> Keys:
     """What the codes (m,) of some neighbouring rows tell of all rows."""
     codes = codes[codes >= 0]

@@ -91,6 +91,11 @@ class Prepared:
         return Outline(self.design, self.bars, self.terms, problem)
 
     @property
+    def nobs(self) -> int:
+        """Rows used."""
+        return self.moments.nobs
+
+    @property
     def n_groups(self) -> int:
         """The model's groups."""
         if isinstance(self.moments, Moments):
