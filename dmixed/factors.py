@@ -9,18 +9,26 @@ taken. With several factors the moments of cells are put together in `levels`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Column, Floats
-from dmixed.coordinates import Basis, Response, coarsest_cells, working_basis, working_response
+from dmixed.coordinates import (
+    DEPENDENT_RECODED,
+    Basis,
+    Response,
+    coarsest_cells,
+    working_basis,
+    working_response,
+)
 from dmixed.covariance import Blocks
 from dmixed.levels import Cells, Term, buckets
 from dmixed.moments import GroupMoments
 from dmixed.nested import Bucket
-from dmixed.onelevel import OneLevel
+from dmixed.onelevel import OneLevel, one_level_terms
+from dmixed.whitening import matrix, original
 
 PIVOT = 1e-14
 """A pivot below this fraction of the uncentred second moment is a zero row of R (n_g < q)."""
@@ -52,7 +60,7 @@ class Factors:
         (k,): diagonal of F'F, the size of what was summed (for the error estimate): about the
         references, if there are any
     total
-        (k,): diagonal of F'F about zero
+        (k,): diagonal of F'F about zero, for recoded columns of what they were made of
     log_jacobian
         log|det| of the user's X columns in the working ones
     y_scale
@@ -126,6 +134,15 @@ def _carried_factors(moments: GroupMoments) -> _Carried:
     return _Carried(R, T, Fw)
 
 
+def marginal_products(moments: GroupMoments, found: Problem, root: Floats) -> Floats:
+    """F'H^-1 F (k, k) of all carried columns of a one-level problem at a root of Psi (q, q)."""
+    carried = _carried_factors(moments)
+    W = np.column_stack([term.T for term in found.terms])[list(moments.random)]
+    part = OneLevel(_recoded(carried, W, np.eye(len(moments.columns))))
+    terms = one_level_terms(found.factors.blocks, part, root, 0, slice(None))
+    return np.asarray(carried.Fw + terms.FtHiF)
+
+
 def centred_products(moments: GroupMoments) -> Floats:
     """Cross-products (k, k) of the carried columns within groups."""
     sums = moments.WtF[:, 0] / np.sqrt(moments.WtF[:, 0, moments.random[0]])[:, None]
@@ -188,9 +205,9 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
     moments
         of the k carried columns, per cell
     exog, endog
-        (k, p), (k,): X and y as combinations of carried columns
+        (k, p), (k,): X and y as combinations of carried columns, see `GroupMoments.coded`
     terms
-        random terms, in order of their blocks
+        random terms, in order of their blocks, likewise
 
     Raises
     ------
@@ -200,7 +217,7 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
         factors are crossed in more levels than dense algebra can take
     """
     columns, gram = moments.columns, moments.gram
-    fixed, Q = working_basis(columns, gram, exog)
+    fixed, Q = _fixed_basis(moments, gram, exog)
     response = working_response(columns, gram, Q, endog)
     naturals, own = _natural(moments, gram, terms)
     held = _contained(moments, gram, terms)
@@ -217,7 +234,7 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
         absolute = moments.absolute
         parts, taken = buckets(blocks, own, _cells(absolute, own, F))
         Fw = F.T @ _consistent(absolute, absolute.WtF.sum(axis=0)) @ F - taken
-    total = _diagonal(F, gram)
+    total = _diagonal(F, gram) if moments.recoding is None else _made_of(moments, gram, F)
     factors = Factors(
         blocks=blocks,
         parts=parts,
@@ -225,7 +242,7 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
         within=within,
         rank_random=int(np.count_nonzero(np.einsum("aag->ag", carried.R))),
         nobs=moments.nobs,
-        stored=total if not one_level or moments.reference is None else _summed(moments, F, total),
+        stored=_summed(moments if one_level else moments.absolute, F, gram),
         total=total,
         log_jacobian=fixed.log_jacobian,
         y_scale=response.scale,
@@ -234,13 +251,33 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
     return Problem(fixed, response, blocks.join(naturals), own, factors)
 
 
+def _fixed_basis(moments: GroupMoments, gram: Floats, exog: Floats) -> tuple[Basis, Floats]:
+    """`working_basis` of X; where columns are recoded, dependence is that of the columns before."""
+    columns, recoding = moments.columns, moments.recoding
+    if recoding is None:
+        return working_basis(columns, gram, exog)
+    before = original(recoding, columns, gram), matrix(recoding, columns) @ exog
+    independent = list(working_basis(columns, *before, DEPENDENT_RECODED)[0].kept)
+    found, Q = working_basis(columns, gram, exog[:, independent], DEPENDENT_RECODED)
+    return replace(found, kept=tuple(independent[j] for j in found.kept)), Q
+
+
 def _diagonal(F: Floats, gram: Floats) -> Floats:
     """Diagonal of F'F in working coordinates F (k, p + 1)."""
     return np.asarray(np.einsum("ij,ik,kj->j", F, gram, F))
 
 
-def _summed(moments: GroupMoments, F: Floats, total: Floats) -> Floats:
-    """Diagonal of F'F about the references, (p + 1,): they have all of the constant."""
+def _made_of(moments: GroupMoments, gram: Floats, F: Floats) -> Floats:
+    """Squared sums of the sizes of the columns that make up recoded ones, (p + 1,)."""
+    size = np.sqrt(np.diag(original(moments.recoding, moments.columns, gram)))
+    return np.asarray((size @ np.abs(matrix(moments.recoding, moments.columns) @ F)) ** 2)
+
+
+def _summed(moments: GroupMoments, F: Floats, gram: Floats) -> Floats:
+    """Diagonal of F'F as it was summed, (p + 1,): references have all of the constant."""
+    total = _diagonal(F, gram)
+    if moments.reference is None:
+        return total
     varying = F.copy()
     varying[moments.random[0]] = 0.0
     return np.maximum(_diagonal(varying, moments.FtF), NOTHING * total)

@@ -28,7 +28,7 @@ from dmixed.moments import better_frame
 from dmixed.naming import Names
 from dmixed.optimizer import Step
 from dmixed.params import VCSpec
-from dmixed.precision import needs_references, with_references
+from dmixed.precision import needs_references, safer
 from dmixed.preparation import Prepared, prepare
 from dmixed.results import MixedLMResults
 from dmixed.sources import Source, open_source
@@ -218,7 +218,7 @@ class MixedLM(FitsOfModel):
                 raise DataError(f"the data have no column {name!r}, which is to be the {role}")
             needed += [name] if name is not None else []
         pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
-        return with_references(specify(formula, pilot, **options), pilot, self._rows)
+        return safer(specify(formula, pilot, **options), pilot, self._rows)
 
     def _rows(self) -> int | None:
         """Rows of the data, as far as that is known without reading them."""
@@ -242,6 +242,7 @@ class MixedLM(FitsOfModel):
             self.spec,
             frame=self.spec.frame if frame is None else frame,
             references=self.spec.references or references,
+            recoding=self.spec.recoding if frame is None else None,
         )
         return collect(better, self.source, self.client, self.progress)
 

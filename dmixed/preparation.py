@@ -104,7 +104,7 @@ def prepare(moments: Moments) -> Prepared:
         terms.append(
             Term(
                 block=place[term.block],
-                T=term.T,
+                T=moments.group.coded(term.T),
                 codes=np.where(left_out, -1, codes) if left_out is not None else codes,
                 n_levels=len(labels),
                 repeated=_repeated(design, term),
@@ -185,7 +185,8 @@ def _problem(
     moments: Moments, design: Design, bars: Sequence[BarDesign], terms: Sequence[Term]
 ) -> Problem:
     try:
-        return problem(moments.group, design.T_fixed, design.t_response, terms)
+        group = moments.group
+        return problem(group, group.coded(design.T_fixed), group.coded(design.t_response), terms)
     except DependentColumns as err:
         bar = bars[err.block]
         if bar.component is not None:

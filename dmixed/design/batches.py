@@ -290,6 +290,7 @@ def _assemble(
         n_groups=n_groups,
         weights=weights,
         references=spec.references,
+        recoding=spec.recoding,
     )
 
 
