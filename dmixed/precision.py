@@ -117,9 +117,23 @@ def safer(spec: DesignSpec, pilot: pa.Table, rows: Callable[[], int | None]) -> 
         if most > GAIN * EPS:
             n = max(n, rows() or 0)
         spec = replace(spec, references=dwarfed.helped * n > EXPECTED)
-        return spec if first is None or most * n <= EXPECTED else _best(spec, sample, first, n)
     except (DmixedError, np.linalg.LinAlgError):
-        return spec  # the pass and the fit say it better
+        return spec  # the pass says it better
+    if first is None or most * n <= EXPECTED:
+        return spec
+    try:
+        return _best(spec, sample, first, n)
+    except (DmixedError, np.linalg.LinAlgError):  # single rows of groups, for example
+        return _independent(spec, first)
+
+
+def _independent(spec: DesignSpec, first: _Orthogonal) -> DesignSpec:
+    """Nearly dependent columns made orthogonal; y as it is, for its slopes may be garbage."""
+    if EPS * first.kappa[:-1].max() <= EXPECTED:
+        return spec
+    S = np.array(first.recoding.S)
+    S[:, -1] = np.arange(len(S)) == len(S) - 1
+    return replace(spec, recoding=replace(first.recoding, S=tuple(map(tuple, S.tolist()))))
 
 
 def _best(spec: DesignSpec, sample: Batch, first: _Orthogonal, n: int) -> DesignSpec:

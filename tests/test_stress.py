@@ -280,6 +280,23 @@ def test_a_pilot_without_the_groups(tmp_path):
     assert model.fit().scale == pytest.approx(within, rel=1e-9)
 
 
+def test_a_pilot_of_single_rows(tmp_path):
+    """Nothing is known of the groups, but nearly dependent columns are seen all the same."""
+    rng = np.random.default_rng(3)
+    d = pd.concat([table(collinear=1e5).assign(y=rng.standard_normal(600))] * 7)
+    d[["x1", "x2"]] *= 1 + np.repeat(np.arange(7), 600)[:, None] / 4
+    d["g"] = np.arange(len(d)) % 2100
+    d["y"] += d.x1 + rng.standard_normal(2100)[d.g]
+    pq.write_table(pa.Table.from_pandas(d, preserve_index=False), tmp_path / "a.parquet")
+    model = dmixed.MixedLM.from_formula("y ~ x1 + x2", tmp_path / "a.parquet", groups="g")
+    found = model.fit()
+    assert model.spec.recoding is not None
+    assert found.aliased == ()
+    X = np.column_stack([np.ones(len(d)), d.x1, d.x2])
+    value, *_ = Digits.of(d.y, X, X[:, :1], d.g).fit(exact([[found.theta[0]]]), True)
+    assert -2 * found.llf == pytest.approx(float(value), abs=1e-7)
+
+
 # ------------------------------------------------------------------ moments about references
 
 FORMULA = "y ~ x1 + I(x1**2) + f + f:x2 + (1 + x2 | g)"
