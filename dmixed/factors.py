@@ -24,7 +24,7 @@ from dmixed.coordinates import (
     working_response,
 )
 from dmixed.covariance import Blocks
-from dmixed.levels import Cells, Term, buckets
+from dmixed.levels import Cells, Term, buckets, leaves_are_cells
 from dmixed.moments import GroupMoments
 from dmixed.nested import Bucket
 from dmixed.onelevel import OneLevel, one_level_terms
@@ -231,10 +231,9 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
         W = np.column_stack([term.T for term in own])[list(moments.random)]
         parts, Fw = (OneLevel(_recoded(carried, W, F)),), within
     else:
-        absolute = moments.absolute
-        parts, taken = buckets(blocks, own, _cells(absolute, own, F))
-        Fw = F.T @ _consistent(absolute, absolute.WtF.sum(axis=0)) @ F - taken
+        parts, Fw = _clusters(moments, blocks, own, F)
     total = _diagonal(F, gram) if moments.recoding is None else _made_of(moments, gram, F)
+    as_used = moments if one_level or _centred(moments, own) else moments.absolute
     factors = Factors(
         blocks=blocks,
         parts=parts,
@@ -242,7 +241,7 @@ def problem(moments: GroupMoments, exog: Floats, endog: Floats, terms: Sequence[
         within=within,
         rank_random=int(np.count_nonzero(np.einsum("aag->ag", carried.R))),
         nobs=moments.nobs,
-        stored=_summed(moments if one_level else moments.absolute, F, gram),
+        stored=_summed(as_used, F, gram),
         total=total,
         log_jacobian=fixed.log_jacobian,
         y_scale=response.scale,
@@ -327,11 +326,42 @@ def _natural(
     return naturals, tuple(own)
 
 
-def _cells(moments: GroupMoments, terms: Sequence[Term], F: Floats) -> Cells:
+def _clusters(
+    moments: GroupMoments, blocks: Blocks, terms: Sequence[Term], F: Floats
+) -> tuple[tuple[Bucket, ...], Floats]:
+    """Clusters of cells, and what their leaves leave of F'F (k, k), in working coordinates."""
+    absolute = moments.absolute
+    cells = _cells(absolute.WtF, moments.random, terms, F)
+    if not _centred(moments, terms):
+        parts, taken = buckets(blocks, terms, cells)
+        FtF = _consistent(absolute, absolute.WtF.sum(axis=0))
+        return parts, F.T @ FtF @ F - taken
+    random = list(moments.random)
+    s = moments.WtF[:, 0]
+    means = s / s[:, random[0], None]
+    within = moments.WtF - s[:, random, None] * means[:, None, :]
+    centred = _cells(within, moments.random, terms, F)
+    parts, _ = buckets(blocks, terms, replace(cells, centred=(centred.KtK, centred.KtF)))
+    products = centred_products(moments)
+    products[random] = within.sum(axis=0)
+    products[:, random] = products[random].T
+    products[random[0]] = products[:, random[0]] = 0.0
+    return parts, F.T @ products @ F
+
+
+def _centred(moments: GroupMoments, terms: Sequence[Term]) -> bool:
+    """Whether cells are centred by the leaves' column, so that references cancel."""
+    if moments.reference is None:
+        return False
+    leaf = leaves_are_cells(terms)
+    constant = moments.random[0]
+    return leaf is not None and not np.delete(terms[leaf].T, constant, axis=0).any()
+
+
+def _cells(WtF: Floats, random: Sequence[int], terms: Sequence[Term], F: Floats) -> Cells:
     """Cross-products of the terms' columns in each cell, in working coordinates."""
-    rows = list(moments.random)
     W = np.column_stack([term.T for term in terms])
-    KtF = np.matmul(W[rows].T, moments.WtF)  # (N, c, k), carried
+    KtF = np.matmul(W[list(random)].T, WtF)  # (N, c, k), carried
     return Cells(KtF @ W, KtF @ F)
 
 

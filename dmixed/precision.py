@@ -106,7 +106,8 @@ def safer(spec: DesignSpec, pilot: pa.Table, rows: Callable[[], int | None]) -> 
     rows
         how many there are in all, None if only reading would tell; asked for if it matters
     """
-    if not _one_factor(spec):
+    one = _one_factor(spec)
+    if not one and not _nested(spec):
         return spec
     try:
         sample = block(replace(spec, missing="drop", references=True), pilot)
@@ -119,7 +120,7 @@ def safer(spec: DesignSpec, pilot: pa.Table, rows: Callable[[], int | None]) -> 
         spec = replace(spec, references=dwarfed.helped * n > EXPECTED)
     except (DmixedError, np.linalg.LinAlgError):
         return spec  # the pass says it better
-    if first is None or most * n <= EXPECTED:
+    if first is None or most * n <= EXPECTED or not one:
         return spec
     try:
         return _best(spec, sample, first, n)
@@ -237,11 +238,18 @@ def _scaled(columns: tuple[Column, ...], S: Floats) -> Recoding:
 def needs_references(moments: Moments) -> bool:
     """Whether moments have lost digits that another pass, with references, would keep."""
     spec, group = moments.spec, moments.group
-    if group.reference is not None or not _one_factor(spec):
+    if group.reference is not None or not (_one_factor(spec) or _nested(spec)):
         return False
     return Dwarfed.of(group).helped * group.nobs > FOUND
 
 
 def _one_factor(spec: DesignSpec) -> bool:
-    """Whether groups are the cells: factors of several levels are put together about zero."""
+    """Whether groups are the cells."""
     return len({term.key for term in spec.terms}) == 1 and not any(t.reduced for t in spec.terms)
+
+
+def _nested(spec: DesignSpec) -> bool:
+    """Whether every cell has an intercept of its own; crossed factors are worked on about zero."""
+    finest = [t for t in spec.terms if len(t.key) == len(spec.keys)]
+    alone = [t for t in finest if sum(x.block == t.block for x in spec.terms) == 1]
+    return any(t.products == ((),) and not t.reduced for t in alone)

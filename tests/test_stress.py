@@ -111,6 +111,44 @@ def test_a_balanced_layout_is_exact(how, tau, tmp_path):
             )
 
 
+A, B = 12, 4
+
+
+def nested_closed_form(y, reml):
+    """Log-likelihood and error variance of (A, B, M) observations in classes within schools."""
+    cells = [[[Fraction(v) for v in row] for row in school] for school in y.tolist()]
+    means = [[sum(row) / M for row in school] for school in cells]
+    schools = [sum(school) / B for school in means]
+    mean = sum(schools) / A
+    pairs = list(itertools.product(range(A), range(B)))
+    within = sum((v - means[i][j]) ** 2 for i, j in pairs for v in cells[i][j])
+    sigma2 = within / (A * B * (M - 1))
+    classes = M * sum((means[i][j] - schools[i]) ** 2 for i, j in pairs) / (A * (B - 1))
+    between = M * B * sum((s - mean) ** 2 for s in schools) / (A - 1 if reml else A)
+    assert sigma2 < classes < between  # else a variance is zero
+    n = A * B * M
+    value = A * B * (M - 1) * log(sigma2) + A * (B - 1) * log(classes) + A * log(between)
+    value += (n - 1 if reml else n) * (1 + math.log(2 * math.pi))
+    value += math.log(n) - log(between) if reml else 0.0
+    return -value / 2, float(sigma2)
+
+
+@pytest.mark.parametrize("offset", [0, 1e10])
+@pytest.mark.parametrize("taus", [(2, 1), (1e4, 1), (2e4, 1e4), (3, 2), (1e6, 1), (2e6, 1e3)])
+def test_balanced_nested_layouts_are_exact(taus, offset):
+    rng = np.random.default_rng(1)
+    schools, classes = (rng.standard_normal(s) for s in ((A, 1, 1), (A, B, 1)))
+    y = offset + 3 * taus[0] * schools + taus[1] * classes + rng.standard_normal((A, B, M))
+    school, class_, _ = (i.ravel() for i in np.indices(y.shape))
+    d = pd.DataFrame({"y": y.ravel(), "s": school, "c": class_}).sample(frac=1, random_state=2)
+    for reml in (True, False):
+        llf, sigma2 = nested_closed_form(y, reml)
+        found = dmixed.lmer("y ~ 1 + (1 | s / c)", d, reml=reml)
+        assert found.converged
+        assert found.llf == pytest.approx(llf, abs=1e-6)
+        assert found.scale == pytest.approx(sigma2, rel=1e-8)
+
+
 # ------------------------------------------------------------------ right, or said to be uncertain
 
 
@@ -552,14 +590,27 @@ def test_weights_about_references():
     assert other.scale == pytest.approx(64 * one.scale, rel=1e-9)
 
 
-@pytest.mark.parametrize("formula", ["y ~ x1 + (1 | h/g)", "y ~ x1 + (1 | g) + (1 | h)"])
-def test_references_in_models_of_several_factors(formula):
-    d = small()
-    d["h"] = d.g % 4 if "/" in formula else np.arange(N) % 7
-    plain, about = model_of(formula, d), model_of(formula, d)
+@pytest.mark.parametrize("weights", [None, "w"])
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "y ~ x1 + (1 | h / g)",
+        "y ~ x1 + f + (1 + x2 | h) + (1 | h:g)",
+        "y ~ x1 + (1 | h / g / k)",
+        "y ~ x1 + (1 | g) + (1 | k)",
+    ],
+)
+def test_references_in_models_of_several_factors(formula, weights):
+    """The same fit as about zero, where nothing is lost there."""
+    d = small(1.0)
+    d["h"], d["k"] = d.g % 4, np.arange(N) % 7
+    plain, about = model_of(formula, d, weights), model_of(formula, d, weights)
     vars(about)["spec"] = dataclasses.replace(about.spec, references=True)
     assert about.moments.group.reference is not None
     a, b = plain.fit(), about.fit()
-    assert b.llf == pytest.approx(a.llf, abs=1e-8)
-    assert b.scale == pytest.approx(a.scale, rel=1e-9)
-    assert np.allclose(b.fe_params, a.fe_params, rtol=1e-9)
+    assert b.llf == pytest.approx(a.llf, abs=1e-9)
+    assert b.scale == pytest.approx(a.scale, rel=1e-7)
+    assert np.allclose(b.fe_params, a.fe_params, rtol=1e-7, atol=1e-9)
+    theta = np.full(len(a.theta), 0.7)
+    for ours, theirs in zip(about.criterion(theta), plain.criterion(theta), strict=True):
+        assert np.allclose(ours, theirs, rtol=1e-10, atol=1e-9)
