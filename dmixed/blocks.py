@@ -65,6 +65,29 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class Recoding:
+    """Carried columns of every row that are summed as combinations of themselves, see `whitening`.
+
+    Attributes
+    ----------
+    columns
+        those columns: the constant, the other random ones, the rest
+    S
+        rows of an upper triangular matrix; its first is (1, 0, 0, ...) but for what is added of
+        the constant, and random columns are combinations of random columns
+    """
+
+    columns: tuple[Column, ...]
+    S: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert self.columns[0] == CONSTANT
+        assert len(self.S) == len(self.columns)
+        assert all(len(row) == len(self.columns) for row in self.S)
+        assert self.S[0][0] == 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How one carried column is computed from a block's arrays.
 
@@ -97,6 +120,8 @@ class DesignBlock:
         (n,) positive, or None
     references
         take sums about a row of each group, see `references`
+    recoding
+        take sums of combinations of columns
     """
 
     columns: tuple[Column, ...]
@@ -109,6 +134,7 @@ class DesignBlock:
     n_groups: int
     weights: Floats | None
     references: bool = False
+    recoding: Recoding | None = None
 
     def __post_init__(self) -> None:
         n = len(self.group)

@@ -105,8 +105,8 @@ def _split(prepared: Prepared, parts: list[Piece]) -> Problem:
             T = term.T * N[0, 0] if term.repeated else (term.T @ N)[:, own]
             terms.append(Term(j, T, term.codes, term.n_levels, term.repeated))
     moments, design = prepared.here.group, prepared.design
-    columns, shards = (design.T_fixed, design.t_response), prepared.here.shards
-    found = problem(moments, *columns, terms, shards, in_threads)
+    exog, endog = moments.coded(design.T_fixed), moments.coded(design.t_response)
+    found = problem(moments, exog, endog, terms, prepared.here.shards, in_threads)
     still = tuple(j for j, part in enumerate(parts) if part.kind == "held")
     moving = Blocks(found.factors.blocks.sizes, tuple(sorted({*found.factors.blocks.held, *still})))
     return replace(found, factors=replace(found.factors, blocks=moving))

@@ -16,6 +16,9 @@ from dmixed.blocks import Column, Floats
 DEPENDENT = 1e-11
 """Squared relative residual below which a column of X depends on those before it (sd: 3e-6)."""
 
+DEPENDENT_RECODED = 1e-14
+"""The same where recoded columns have kept the digits, as lme4 has it (sd: 1e-7)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Basis:
@@ -55,7 +58,7 @@ class Response:
 
 
 def working_basis(
-    columns: Sequence[Column], gram: Floats, coefficients: Floats
+    columns: Sequence[Column], gram: Floats, coefficients: Floats, dependent: float = DEPENDENT
 ) -> tuple[Basis, Floats]:
     """Independent columns of ``F coefficients`` and a basis of their span that loses no digits.
 
@@ -68,6 +71,8 @@ def working_basis(
     ----------
     columns, gram, coefficients
         k labels of the carried columns, their (k, k) cross-products, and (k, p)
+    dependent
+        squared relative residual at which a column goes
 
     Returns
     -------
@@ -92,7 +97,7 @@ def working_basis(
         cross = solve_triangular(R[:m, :m], Q[:, :m].T @ correlation @ q, trans="T")
         own = float(q @ correlation @ q)
         pivot = own - float(cross @ cross)
-        if pivot <= DEPENDENT * own or own <= DEPENDENT:
+        if pivot <= dependent * own or own <= dependent:
             continue
         Q[:, m], R[:m, m], R[m, m] = q, cross, np.sqrt(pivot)
         to_work[:m, m], to_work[m, m] = h, norm

@@ -9,7 +9,7 @@ taken. With several factors the moments of cells are put together in `levels`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
 from typing import Any, Protocol, TypeAlias
@@ -18,13 +18,21 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from dmixed.blocks import Column, Floats
-from dmixed.coordinates import Basis, Response, coarsest_cells, working_basis, working_response
+from dmixed.coordinates import (
+    DEPENDENT_RECODED,
+    Basis,
+    Response,
+    coarsest_cells,
+    working_basis,
+    working_response,
+)
 from dmixed.covariance import Blocks
-from dmixed.levels import Cells, Term, buckets
+from dmixed.levels import Cells, Term, buckets, leaves_are_cells
 from dmixed.moments import GroupMoments, Totals
 from dmixed.nested import Bucket
-from dmixed.onelevel import GROUPS, OneLevel, merged
+from dmixed.onelevel import GROUPS, OneLevel, merged, one_level_terms
 from dmixed.terms import ProfileTerms
+from dmixed.whitening import matrix, original
 
 Each: TypeAlias = Callable[[Callable[[GroupMoments], Any], Iterable[GroupMoments]], Iterable[Any]]
 
@@ -67,7 +75,7 @@ class Factors:
         (k,): diagonal of F'F, the size of what was summed (for the error estimate): about the
         references, if there are any
     total
-        (k,): diagonal of F'F about zero
+        (k,): diagonal of F'F about zero, for recoded columns of what they were made of
     log_jacobian
         log|det| of the user's X columns in the working ones
     y_scale
@@ -255,7 +263,7 @@ class Coordinates:
 def coordinates(totals: Totals, exog: Floats, endog: Floats, terms: Sequence[Term]) -> Coordinates:
     """Coordinates of the model with these columns, see `problem`."""
     columns, gram = totals.columns, totals.gram
-    fixed, Q = working_basis(columns, gram, exog)
+    fixed, Q = _fixed_basis(totals, exog)
     response = working_response(columns, gram, Q, endog)
     naturals, own = _natural(totals, terms)
     blocks = Blocks(tuple(len(part) for part in naturals), _contained(totals, terms))
@@ -312,7 +320,7 @@ def problem(
     moments
         of the k carried columns, per cell
     exog, endog
-        (k, p), (k,): X and y as combinations of carried columns
+        (k, p), (k,): X and y as combinations of carried columns, see `GroupMoments.coded`
     terms
         random terms, in order of their blocks
     shards
@@ -335,12 +343,9 @@ def problem(
         evaluated = tuple(shard.evaluated for shard in found)
         own = tuple(shard.part for shard in found)
         return assembled(totals, model, own, within, evaluated=evaluated)
-    within = _within(moments)
-    absolute = moments.absolute
-    parts, taken = buckets(model.blocks, model.terms, _cells(absolute, model.terms, model.F))
-    FtF = _consistent(absolute.FtF, absolute.random, absolute.WtF.sum(axis=0))
-    Fw = model.F.T @ FtF @ model.F - taken
-    return assembled(totals, model, parts, within, Fw)
+    within, centred = _within(moments), _centred_cells(moments, terms)
+    parts, Fw = _clusters(moments, model, centred)
+    return assembled(totals, model, parts, within, Fw, centred=centred)
 
 
 def assembled(
@@ -350,6 +355,7 @@ def assembled(
     within: Within,
     Fw: Floats | None = None,
     evaluated: tuple[OneLevel, ...] | None = None,
+    centred: bool = True,
 ) -> Problem:
     """The problem, once all groups have been looked at.
 
@@ -357,10 +363,10 @@ def assembled(
     ----------
     Fw
         see `Factors`; None where the parts explain what the cells explain
+    centred
+        cells are centred, so that references, if there are any, cancel
     """
     residual = model.F.T @ _residual(totals, within) @ model.F
-    total = _diagonal(model.F, totals.gram)
-    referenced = Fw is None and totals.referenced
     factors = Factors(
         blocks=model.blocks,
         parts=parts,
@@ -369,8 +375,8 @@ def assembled(
         within=residual,
         rank_random=within.rank,
         nobs=totals.nobs,
-        stored=_summed(totals, model.F, total) if referenced else total,
-        total=total,
+        stored=_summed(totals, model.F, centred and totals.referenced),
+        total=_made_of(totals, model.F),
         log_jacobian=model.fixed.log_jacobian,
         y_scale=model.response.scale,
         log_weights=totals.log_weights,
@@ -378,13 +384,51 @@ def assembled(
     return Problem(model.fixed, model.response, model.natural, model.terms, factors)
 
 
+def marginal_products(moments: GroupMoments, found: Problem, root: Floats) -> Floats:
+    """F'H^-1 F (k, k) of all carried columns of a one-level problem at a root of Psi (q, q)."""
+    blocks = found.factors.blocks
+    every = Coordinates(
+        found.fixed,
+        found.response,
+        found.natural,
+        blocks,
+        found.terms,
+        np.eye(len(moments.columns)),
+    )
+    shard = one_level(moments, every)
+    terms = one_level_terms(blocks, shard.part, root, 0, slice(None))
+    return np.asarray(_residual(moments.totals, shard.within) + terms.FtHiF)
+
+
+def _fixed_basis(totals: Totals, exog: Floats) -> tuple[Basis, Floats]:
+    """`working_basis` of X; where columns are recoded, dependence is that of the columns before."""
+    columns, gram, recoding = totals.columns, totals.gram, totals.recoding
+    if recoding is None:
+        return working_basis(columns, gram, exog)
+    before = original(recoding, columns, gram), matrix(recoding, columns) @ exog
+    independent = list(working_basis(columns, *before, DEPENDENT_RECODED)[0].kept)
+    found, Q = working_basis(columns, gram, exog[:, independent], DEPENDENT_RECODED)
+    return replace(found, kept=tuple(independent[j] for j in found.kept)), Q
+
+
 def _diagonal(F: Floats, gram: Floats) -> Floats:
     """Diagonal of F'F in working coordinates F (k, p + 1)."""
     return np.asarray(np.einsum("ij,ik,kj->j", F, gram, F))
 
 
-def _summed(totals: Totals, F: Floats, total: Floats) -> Floats:
-    """Diagonal of F'F about the references, (p + 1,): they have all of the constant."""
+def _made_of(totals: Totals, F: Floats) -> Floats:
+    """Diagonal of F'F (p + 1,); of recoded columns, squared sizes of what makes them up."""
+    if totals.recoding is None:
+        return _diagonal(F, totals.gram)
+    size = np.sqrt(np.diag(original(totals.recoding, totals.columns, totals.gram)))
+    return np.asarray((size @ np.abs(matrix(totals.recoding, totals.columns) @ F)) ** 2)
+
+
+def _summed(totals: Totals, F: Floats, referenced: bool) -> Floats:
+    """Diagonal of F'F as it was summed, (p + 1,): references have all of the constant."""
+    total = _diagonal(F, totals.gram)
+    if not referenced:
+        return total
     varying = F.copy()
     varying[totals.random[0]] = 0.0
     return np.maximum(_diagonal(varying, totals.FtF), NOTHING * total)
@@ -432,11 +476,43 @@ def _natural(totals: Totals, terms: Sequence[Term]) -> tuple[list[Floats], tuple
     return naturals, tuple(own)
 
 
-def _cells(moments: GroupMoments, terms: Sequence[Term], F: Floats) -> Cells:
+def _clusters(
+    moments: GroupMoments, model: Coordinates, centred: bool
+) -> tuple[tuple[Bucket, ...], Floats]:
+    """Clusters of cells, and what their leaves leave of F'F (k, k), in working coordinates."""
+    terms, F, absolute = model.terms, model.F, moments.absolute
+    cells = _cells(absolute.WtF, moments.random, terms, F)
+    if not centred:
+        parts, taken = buckets(model.blocks, terms, cells)
+        FtF = _consistent(absolute.FtF, absolute.random, absolute.WtF.sum(axis=0))
+        return parts, F.T @ FtF @ F - taken
+    random = list(moments.random)
+    s = moments.WtF[:, 0]
+    means = s / s[:, random[0], None]
+    within = moments.WtF - s[:, random, None] * means[:, None, :]
+    own = _cells(within, moments.random, terms, F)
+    parts, _ = buckets(model.blocks, terms, replace(cells, centred=(own.KtK, own.KtF)))
+    totals = moments.totals
+    products = totals.FtF - totals.between
+    products[random] = within.sum(axis=0)
+    products[:, random] = products[random].T
+    products[random[0]] = products[:, random[0]] = 0.0
+    return parts, F.T @ products @ F
+
+
+def _centred_cells(moments: GroupMoments, terms: Sequence[Term]) -> bool:
+    """Whether cells are centred by the leaves' column, so that references cancel."""
+    if moments.reference is None:
+        return False
+    leaf = leaves_are_cells(terms)
+    constant = moments.random[0]
+    return leaf is not None and not np.delete(terms[leaf].T, constant, axis=0).any()
+
+
+def _cells(WtF: Floats, random: Sequence[int], terms: Sequence[Term], F: Floats) -> Cells:
     """Cross-products of the terms' columns in each cell, in working coordinates."""
-    rows = list(moments.random)
     W = np.column_stack([term.T for term in terms])
-    KtF = np.matmul(W[rows].T, moments.WtF)  # (N, c, k), carried
+    KtF = np.matmul(W[list(random)].T, WtF)  # (N, c, k), carried
     return Cells(KtF @ W, KtF @ F)
 
 

@@ -80,10 +80,14 @@ class Cells:
         (N, c, c) for the c columns of all terms, one after the other
     KtF
         (N, c, k)
+    centred
+        both within each cell, summed without loss, where every cell is a level of its own of the
+        leaves and their column is constant
     """
 
     KtK: Floats
     KtF: Floats
+    centred: tuple[Floats, Floats] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,14 @@ def leaf_term(terms: Sequence[Term], n_clusters: int) -> int | None:
     return best
 
 
+def leaves_are_cells(terms: Sequence[Term]) -> int | None:
+    """The leaves' term, if every cell is a level of its own of it."""
+    leaf = leaf_term(terms, clusters(terms)[1])
+    if leaf is None or terms[leaf].n_levels != len(terms[leaf].codes):
+        return None
+    return leaf if terms[leaf].codes.min(initial=0) >= 0 else None
+
+
 def buckets(
     blocks: Blocks, terms: Sequence[Term], cells: Cells
 ) -> tuple[tuple[Bucket, ...], Floats]:
@@ -246,13 +258,13 @@ class _Builder:
         spans, offsets = self._spans()
         G, r, k = len(self.inside), spans[-1].stop if spans else 0, self.cells.KtF.shape[2]
         columns = [(kind, self._columns(kind, spans, offsets)) for kind in self._kinds()]
+        KtK, F = self.cells.centred or (self.cells.KtK, self.cells.KtF)
         A = self._sum(
             (G, r, r),
             [(self.position * r + at) * r + to for _, at in columns for _, to in columns],
-            [self.cells.KtK[self.here, i.column, j.column] for i, _ in columns for j, _ in columns],
+            [KtK[self.here, i.column, j.column] for i, _ in columns for j, _ in columns],
             [(at >= 0) & (to >= 0) for _, at in columns for _, to in columns],
         )
-        F = self.cells.KtF
         B = np.stack(
             [
                 self._sum(
@@ -266,8 +278,9 @@ class _Builder:
             axis=-1,
         )
         d, abar, bbar, leaf_levels = self._leaves(G, r, k, columns)
-        A -= abar.products(slice(None), d)
-        B -= abar.products(slice(None), d, bbar)
+        if self.cells.centred is None:
+            A -= abar.products(slice(None), d)
+            B -= abar.products(slice(None), d, bbar)
         flat = bbar.reshape(-1, k)
         taken = flat.T @ (d.reshape(-1, 1) * flat)
         block = None if self.leaf is None else self.terms[self.leaf].block

@@ -98,13 +98,14 @@ def _rounding(factors: Factors, FtHiF: Floats, pivots: Floats, df: int) -> float
 
     Sums of squares are of size ``stored`` before groups are centred, and ``diag FtHiF`` before the
     Cholesky factorisation leaves the squares of its pivots. The rows themselves are rounded too,
-    each for itself: relative to the residuals, eps sqrt(total / rss).
+    each for itself: relative to what others leave of a column, eps sqrt(total) / pivot.
     """
     p = factors.p
     squares = np.maximum(pivots**2, np.finfo(float).tiny)
     kappa = np.maximum(factors.stored, np.diag(FtHiF)) / squares
-    rows = np.sqrt(df * factors.total[p] / squares[p])
-    return float(np.finfo(float).eps * (df * kappa[p] + kappa[:p].sum() + rows))
+    rows = np.sqrt(factors.total / squares)
+    lost = kappa[:p].sum() + rows[:p].sum() + df * kappa[p] + np.sqrt(df) * rows[p]
+    return float(np.finfo(float).eps * lost)
 
 
 def _derivatives(

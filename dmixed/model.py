@@ -29,7 +29,7 @@ from dmixed.moments import better_frame
 from dmixed.naming import Names
 from dmixed.optimizer import Step
 from dmixed.params import VCSpec
-from dmixed.precision import needs_references, with_references
+from dmixed.precision import needs_references, safer
 from dmixed.preparation import Prepared, prepare
 from dmixed.progress import Progress, Report, checked, open_progress
 from dmixed.results import MixedLMResults
@@ -197,14 +197,14 @@ class MixedLM(FitsOfModel):
         missing: str,
         client: Any,
         context: Mapping[str, Callable[..., Any]] | None,
-        place: Mapping[str, Any],
+        place: Mapping[str, Any] | None,
     ) -> None:
         if missing not in ("drop", "raise", "none"):
             raise DataError(f'missing={missing!r}: must be "drop", "raise" or "none"')
         data, names = with_columns(data, {"weights": weights, "offset": offset})
         self.parsed: ParsedFormula = formula
         self.client = find_client(client)
-        self.source: Source = open_source(data, **place)
+        self.source: Source = open_source(data, **(place or {}))
         self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
         self.progress: Progress | bool | None = None
         self._evaluate_on = "auto"
@@ -233,7 +233,7 @@ class MixedLM(FitsOfModel):
                 raise DataError(f"the data have no column {name!r}, which is to be the {role}")
             needed += [name] if name is not None else []
         self._pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
-        return with_references(specify(formula, self._pilot, **options), self._pilot, self._rows)
+        return safer(specify(formula, self._pilot, **options), self._pilot, self._rows)
 
     def _rows(self) -> int | None:
         """Rows of the data, as far as that is known without reading them."""
@@ -268,6 +268,7 @@ class MixedLM(FitsOfModel):
             self.spec,
             frame=self.spec.frame if frame is None else frame,
             references=self.spec.references or references,
+            recoding=self.spec.recoding if frame is None else None,
         )
         return self._pass(better, report)
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import comb
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import _sparsetools
 
-from dmixed.blocks import CONSTANT, Column, DesignBlock, Floats, Frame
+from dmixed.blocks import CONSTANT, Column, DesignBlock, Floats, Frame, Recoding
 from dmixed.references import CommonReferences, References, change_of_total, move, rounded
+from dmixed.whitening import frame_change, matrix, original, places, recoded
 
 Index: TypeAlias = NDArray[np.intp]
 
@@ -42,7 +42,7 @@ class GroupMoments:
     Attributes
     ----------
     columns
-        labels of the k carried columns
+        labels of the k carried columns, as they were before any recoding
     random
         positions of the q random columns among them, the constant first
     frame
@@ -59,6 +59,8 @@ class GroupMoments:
         sum of log(weight) over the rows
     reference
         (G, k) row of each group that is taken from its rows; None: zeros, see `references`
+    recoding
+        what the columns were recoded by before they were multiplied, see `whitening`
     """
 
     columns: tuple[Column, ...]
@@ -70,6 +72,7 @@ class GroupMoments:
     counts: NDArray[np.int64]
     log_weights: float
     reference: References | None = None
+    recoding: Recoding | None = None
 
     def __post_init__(self) -> None:
         k, q, G = len(self.columns), len(self.random), len(self.counts)
@@ -113,8 +116,13 @@ class GroupMoments:
 
     @property
     def unweighted(self) -> Floats:
-        """(k, k): FtF about zero, without row weights."""
-        return self.gram if self.plain is self.FtF else self.plain
+        """(k, k): FtF about zero, without row weights and recoding."""
+        recoded = self.gram if self.plain is self.FtF else self.plain
+        return original(self.recoding, self.columns, recoded)
+
+    def coded(self, T: Floats) -> Floats:
+        """Coefficients of the columns as they were summed, for those T (k, ...) of the columns."""
+        return recoded(self.recoding, self.columns, T)
 
     @property
     def absolute(self) -> GroupMoments:
@@ -145,6 +153,7 @@ class GroupMoments:
             smallest=int(self.counts.min(initial=np.iinfo(np.int64).max)),
             largest=int(self.counts.max(initial=0)),
             weighted=self.plain is not self.FtF,
+            recoding=self.recoding,
             referenced=self.reference is not None,
         )
 
@@ -185,6 +194,8 @@ class Totals:
         groups, rows, bytes of their moments
     smallest, largest
         rows of the smallest and of the largest group
+    recoding
+        see `GroupMoments`
     weighted, referenced
         whether rows have weights, and groups references
     """
@@ -202,8 +213,13 @@ class Totals:
     nbytes: int
     smallest: int
     largest: int
+    recoding: Recoding | None
     weighted: bool
     referenced: bool
+
+    def coded(self, T: Floats) -> Floats:
+        """Coefficients of the columns as they were summed, for those T (k, ...) of the columns."""
+        return recoded(self.recoding, self.columns, T)
 
     def __add__(self, other: Totals) -> Totals:
         """Totals of both sets of groups, which have the same columns."""
@@ -236,6 +252,7 @@ class _Workspace:
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
         self.place = np.empty(size, dtype=np.int64)
         self.reference = np.empty((size if block.references else 0, k), dtype=np.float32)
+        self.recoded = np.empty((0 if block.recoding is None else size, k))
 
     def columns(self, block: DesignBlock, rows: slice) -> Floats:
         """Carried columns F (m, width) of some rows, unweighted; valid until the next call.
@@ -283,7 +300,7 @@ class Accumulator:
         self.FtF, self.plain = np.zeros((width, width)), np.zeros((width, width))
         self.log_weights = 0.0
 
-        self.references = block.references
+        self.references, self.recoding = block.references, block.recoding
         # the constant and the cells of categories have reference 0
         self.varying = np.array([r.cells < 0 and bool(r.powers) for r in block.recipes])
         self.reference = np.zeros((0, k), dtype=np.float32)
@@ -293,6 +310,7 @@ class Accumulator:
         """Whether a block has the same columns."""
         same = block.columns == self.columns and block.frame == self.frame
         same = same and block.references == self.references
+        same = same and block.recoding == self.recoding
         return same and (block.weights is not None) == self.weighted
 
     def add(self, block: DesignBlock) -> None:
@@ -304,7 +322,7 @@ class Accumulator:
             self.log_weights += float(np.log(block.weights).sum())
         for start in range(0, block.nobs, CHUNK):
             rows = slice(start, min(start + CHUNK, block.nobs))
-            F = self.workspace.columns(block, rows)
+            F = self._recode(self.workspace.columns(block, rows))
             if block.weights is not None:
                 self.plain += F.T @ F
             if block.references:
@@ -313,6 +331,20 @@ class Accumulator:
                 F *= np.sqrt(block.weights[rows])[:, None]
             self.FtF += F.T @ F
             self._scatter(F, block.group[rows], block.random)
+
+    def _recode(self, F: Floats) -> Floats:
+        """``F S`` of some rows (m, k)."""
+        recoding = self.recoding
+        if recoding is None:
+            return F
+        k = len(self.columns)
+        if len(recoding.columns) == k:
+            own = self.workspace.recoded[: len(F)]
+            F[:, :k] = np.matmul(F[:, :k], matrix(recoding, self.columns), out=own)
+            return F
+        at = places(recoding, self.columns)
+        F[:, at] = F[:, at] @ np.array(recoding.S)
+        return F
 
     def _take_references(self, F: Floats, group: NDArray[np.int32]) -> None:
         """Subtract from each row (m, k) the reference of its group: the first row that was met."""
@@ -401,6 +433,7 @@ class Accumulator:
             counts=counts,
             log_weights=self.log_weights,
             reference=self.reference[: self.n_groups] if self.references else None,
+            recoding=self.recoding,
         )
 
 
@@ -433,11 +466,11 @@ def combine(
 ) -> GroupMoments:
     """Sum of moments: union of the columns, group g of part i added at ``positions[i][g]``.
 
-    All parts are first brought to the frame of the first one, which is linear and exact, and the
-    sums of a group to the reference it has in the first part that has the group.
+    All parts are first brought to the frame and the recoding of the first one, which is linear and
+    exact, and the sums of a group to the reference it has in the first part that has the group.
     """
     first = parts[0]
-    parts = [first, *(reframe(part, first.frame) for part in parts[1:])]
+    parts = [first, *(reframe(part, first.frame, first.recoding) for part in parts[1:])]
     columns = _union(parts)
     random_labels = {part.columns[j] for part in parts for j in part.random}
     random = tuple(j for j, column in enumerate(columns) if column in random_labels)
@@ -462,12 +495,13 @@ def combine(
             WtF[np.ix_(position, to_q, to_k)] += own[0]
         FtF[np.ix_(to_k, to_k)] += own[1]
         if weighted:
-            plain[np.ix_(to_k, to_k)] += part.unweighted
+            plain[np.ix_(to_k, to_k)] += part.gram if part.plain is part.FtF else part.plain
         counts[position] += part.counts
     log_weights = float(sum(part.log_weights for part in parts))
     reference = None if common is None else common.values
     return GroupMoments(
-        columns, random, first.frame, WtF, FtF, plain, counts, log_weights, reference
+        *(columns, random, first.frame, WtF, FtF, plain, counts, log_weights, reference),
+        first.recoding,
     )
 
 
@@ -498,15 +532,17 @@ def _union(parts: Sequence[GroupMoments]) -> tuple[Column, ...]:
     return tuple(sorted({c for part in parts for c in part.columns}, key=key))
 
 
-def reframe(moments: GroupMoments, frame: Frame) -> GroupMoments:
-    """The same moments about other shifts and scales: a linear recoding, exact in exact arithmetic.
+def reframe(moments: GroupMoments, frame: Frame, recoding: Recoding | None = None) -> GroupMoments:
+    """The same moments about other shifts and scales, and recoded: exact in exact arithmetic.
 
     ``v = (s_old u + m_old - m_new) / s_new``; a product of powers expands by the binomial
     theorem into lower margins, which are always carried.
     """
-    if moments.frame == frame:
+    if moments.frame == frame and moments.recoding == recoding:
         return moments
-    T = frame_change(moments.columns, moments.frame, frame)
+    columns = moments.columns
+    T = frame_change(columns, moments.frame, frame) @ matrix(recoding, columns)
+    T = recoded(moments.recoding, columns, T)
     plain = T.T @ moments.plain @ T
     constant, reference = moments.random[0], None
     if moments.reference is not None:
@@ -529,6 +565,7 @@ def reframe(moments: GroupMoments, frame: Frame) -> GroupMoments:
         FtF=FtF,
         plain=FtF if moments.plain is moments.FtF else plain,
         reference=reference,
+        recoding=recoding,
     )
 
 
@@ -552,26 +589,3 @@ def better_frame(moments: Totals) -> Frame | None:
             shift[v] += scale[v] * mean
             scale[v] *= 2.0 ** round(np.log2(variance) / 2)
     return Frame(moments.frame.names, tuple(shift), tuple(scale)) if far else None
-
-
-def frame_change(columns: tuple[Column, ...], old: Frame, new: Frame) -> Floats:
-    """T (k, k) with F_new = F_old T for carried columns about two frames."""
-    place = {column: j for j, column in enumerate(columns)}
-    T = np.zeros((len(columns), len(columns)))
-    for j, column in enumerate(columns):
-        expansion: dict[tuple[tuple[str, int], ...], float] = {(): 1.0}
-        for name, power in column.powers:
-            (m_old, s_old), (m_new, s_new) = old.of(name), new.of(name)
-            slope, intercept = s_old / s_new, (m_old - m_new) / s_new
-            expansion = {
-                (*powers, *(((name, r),) if r else ())): value
-                * comb(power, r)
-                * slope**r
-                * intercept ** (power - r)
-                for powers, value in expansion.items()
-                for r in range(power + 1)
-            }
-        for powers, value in expansion.items():
-            if value != 0.0:
-                T[place[Column(column.cell, powers)], j] = value
-    return T

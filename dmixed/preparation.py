@@ -168,7 +168,7 @@ def prepare(moments: Moments | RemoteMoments) -> Prepared:
         terms.append(
             Term(
                 block=place[term.block],
-                T=term.T,
+                T=moments.group.coded(term.T),
                 codes=np.where(left_out, -1, codes) if left_out is not None else codes,
                 n_levels=len(labels),
                 repeated=_repeated(design, term),
@@ -176,9 +176,9 @@ def prepare(moments: Moments | RemoteMoments) -> Prepared:
         )
     bars = tuple(design.bars[j] for j in order)
     _check_single_rows(moments, bars, terms)
-    columns = design.T_fixed, design.t_response
+    exog, endog = moments.group.coded(design.T_fixed), moments.group.coded(design.t_response)
     with _named(bars, terms):
-        found = problem(moments.group, *columns, terms, moments.shards, in_threads)
+        found = problem(moments.group, exog, endog, terms, moments.shards, in_threads)
     _check_response(design, found)
     return Prepared(
         moments,
@@ -200,12 +200,15 @@ def _remote(moments: RemoteMoments) -> Prepared:
     ranked = sorted(range(len(design.terms)), key=lambda i: place[design.terms[i].block])
     nowhere = np.empty(0, np.intp)
     terms = [
-        Term(place[design.terms[i].block], design.terms[i].T, nowhere, totals.n_groups)
+        Term(
+            place[design.terms[i].block], totals.coded(design.terms[i].T), nowhere, totals.n_groups
+        )
         for i in ranked
     ]
     bars = tuple(design.bars[j] for j in order)
     with _named(bars, terms):
-        model = coordinates(totals, design.T_fixed, design.t_response, terms)
+        exog, endog = totals.coded(design.T_fixed), totals.coded(design.t_response)
+        model = coordinates(totals, exog, endog, terms)
         futures, facts = remote_shards(moments, model)
     within = reduce(add, (fact.within for fact in facts))
     elsewhere: RemoteFactors | None = RemoteFactors(futures, moments.client)

@@ -4,7 +4,9 @@
 has a row per cell: the labels, each key a column of its own type; ``rows``, the rows counted;
 ``WtF``, a list of q k numbers. ``columns.parquet`` has a row per carried column: ``FtF`` and, where
 rows are weighted, ``plain``, lists of k numbers. Where sums are about a row of each group,
-``references.parquet`` has that ``reference``, k numbers, for each row of ``cells.parquet``.
+``references.parquet`` has that ``reference``, k numbers, for each row of ``cells.parquet``. Where
+sums are of combinations F S of the columns F, ``recoding.parquet`` has the rows of ``S`` for those
+of ``recoded``, positions of columns.
 
 To load a result is to read its formula again and to prepare its model again from the moments;
 estimates are as they were stored.
@@ -27,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from dmixed import keys
-from dmixed.blocks import CONSTANT, Column, Floats, Frame
+from dmixed.blocks import CONSTANT, Column, Floats, Frame, Recoding
 from dmixed.collect import Moments
 from dmixed.design import DesignSpec, FactorLevels, specification
 from dmixed.errors import DataError, DmixedError
@@ -48,10 +50,11 @@ from dmixed.records import (
     write_table,
 )
 from dmixed.references import References
+from dmixed.whitening import places
 
 SCHEMA = "dmixed-stored-result/1"
 MANIFEST, CELLS, COLUMNS = "result.json", "cells.parquet", "columns.parquet"
-REFERENCES = "references.parquet"
+REFERENCES, RECODING = "references.parquet", "recoding.parquet"
 
 LABELS = pa.large_string(), pa.int64(), pa.uint64(), pa.float64(), pa.date32(), pa.bool_()
 """Types that labels have, beside timestamps."""
@@ -164,6 +167,9 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
         if group.reference is not None:
             reference = lists(group.reference.astype(np.float64))
             tables[REFERENCES] = pa.table([reference], ["reference"])
+        if group.recoding is not None:
+            at = pa.array(places(group.recoding, group.columns))
+            tables[RECODING] = pa.table([at, lists(np.array(group.recoding.S))], ["recoded", "S"])
         manifest = _Manifest(
             schema=SCHEMA,
             versions={
@@ -286,7 +292,7 @@ def _misfit(spec: DesignSpec, manifest: _Manifest) -> str | None:
     types = [_label_type(x) for x in manifest.key_types]
     if len(types) != len(spec.keys) or None in types:
         return "key_types"
-    return None if manifest.files.keys() - {REFERENCES} == {CELLS, COLUMNS} else "files"
+    return None if manifest.files.keys() - {REFERENCES, RECODING} == {CELLS, COLUMNS} else "files"
 
 
 def _carries(
@@ -336,6 +342,7 @@ def _moments(manifest: _Manifest, folder: Path) -> Moments:
         counts=counts,
         log_weights=manifest.log_weights,
         reference=_reference(manifest, folder, len(labels)) if spec.references else None,
+        recoding=_recoding(manifest, folder) if RECODING in manifest.files else None,
     )
     return Moments(spec, manifest.levels, labels, group, manifest.dropped)
 
@@ -353,6 +360,27 @@ def _reference(manifest: _Manifest, folder: Path, n_cells: int) -> References:
             "and for columns of categories"
         )
     return found
+
+
+def _recoding(manifest: _Manifest, folder: Path) -> Recoding:
+    """Recoding of the columns, from its file."""
+    file, known = folder / RECODING, manifest.files[RECODING]
+    if not 1 <= known.rows <= len(manifest.columns):
+        raise DataError(f"{file}: must have a row for each column recoded")
+    at, S = read_table(file, known, [("recoded", pa.int64()), ("S", list_type(known.rows))])
+    columns, found = manifest.columns, at.to_numpy()
+    inside = bool(((found >= 0) & (found < len(columns))).all())
+    if not inside or len(np.unique(found)) < len(found) or (np.tril(S, -1) != 0.0).any():
+        raise DataError(f"{file}: must have a row for each column recoded, S upper triangular")
+    recoded = tuple(columns[j] for j in found)
+    random = np.isin(found, manifest.random)
+    sound = bool((np.diag(S) > 0.0).all()) and recoded[:1] == (CONSTANT,) and S[0, 0] == 1.0
+    if not sound or S[np.ix_(~random, random)].any() or any(x.cell for x in recoded):
+        raise DataError(
+            f"{file}: must begin with the constant, random columns must be combinations of random "
+            "columns, and the diagonal of S must be positive"
+        )
+    return Recoding(recoded, tuple(map(tuple, S.tolist())))
 
 
 def _label_type(text: str) -> pa.DataType | None:

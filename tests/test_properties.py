@@ -152,11 +152,15 @@ def fixed_design(d):
 
 
 @quick
-@given(st.floats(-1e6, 1e6), st.lists(st.floats(-100, 100), min_size=3, max_size=3))
-def test_adding_fixed_effects_to_the_response(intercept, slopes):
-    """Cross-products lose eps (|d|/sigma)^2, but nothing for the intercept."""
+@given(
+    st.floats(-1e6, 1e6),
+    st.lists(st.floats(-100, 100), min_size=2, max_size=2),
+    st.floats(-1e6, 1e6),
+)
+def test_adding_fixed_effects_to_the_response(intercept, contrasts, slope):
+    """Contrasts lose eps (|d|/sigma)^2; nothing is lost for the intercept and the covariate."""
     t, b = table(), base()
-    d = [intercept, *slopes]
+    d = [intercept, *contrasts, slope]
     t["y"] += fixed_design(t) @ d
     a = dmixed.lmer(FORMULA, t)
     assert a.llf == pytest.approx(b.llf, abs=1e-7)
@@ -166,10 +170,20 @@ def test_adding_fixed_effects_to_the_response(intercept, slopes):
 
 
 @pytest.mark.parametrize("slope", [1e4, 1e6, 1e8])
-def test_lost_digits_are_never_silent(slope):
-    """A covariate that explains y but for 1 part in slope: right, or said to be uncertain."""
+def test_a_covariate_that_explains_nearly_all(slope):
+    """But for 1 part in slope: what is lost is the rounding of y itself."""
     t, b = table(), base()
     t["y"] += slope * t.x
+    a = dmixed.lmer(FORMULA, t)
+    assert a.llf == pytest.approx(b.llf, abs=1e-14 * slope * N)
+    assert a.optimizer_summary.certificate
+
+
+@pytest.mark.parametrize("slope", [1e4, 1e6, 1e8])
+def test_lost_digits_are_never_silent(slope):
+    """A contrast that explains y but for 1 part in slope: right, or said to be uncertain."""
+    t, b = table(), base()
+    t["y"] += slope * (t.f == "b")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

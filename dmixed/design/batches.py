@@ -309,6 +309,7 @@ def _assemble(
         n_groups=n_groups,
         weights=weights,
         references=spec.references,
+        recoding=spec.recoding,
     )
 
 

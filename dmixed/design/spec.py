@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from dmixed.blocks import RESPONSE, Floats, Frame
+from dmixed.blocks import RESPONSE, Floats, Frame, Recoding
 from dmixed.design.columns import Context, Rows, kind_of
 from dmixed.design.pilot import frame_of
 from dmixed.design.spans import Category, Product, category_of, span
@@ -126,6 +126,8 @@ class DesignSpec:
         data columns to read
     references
         take sums about a row of each group, see `references`; moments with and without them add
+    recoding
+        take sums of combinations of the carried columns, see `whitening`; likewise
     """
 
     formula: ParsedFormula
@@ -143,6 +145,7 @@ class DesignSpec:
     context: Context
     columns: tuple[str, ...]
     references: bool = False
+    recoding: Recoding | None = None
 
     @property
     def group(self) -> tuple[str, ...]:
