@@ -109,19 +109,22 @@ class Plan:
         order = "neighbours or in few parts" if self.clustered else "spread over the data"
         where = self.evaluated
         if self.workers:
-            where += f" ({self.workers} workers, {self.threads} threads"
+            where += f" ({_count(self.workers, 'worker')}, {_count(self.threads, 'thread')}"
             where += ")" if self.memory is None else f", {_bytes(self.memory)} each)"
         return [
             ("Model:", self.formula),
             ("Columns read:", ", ".join(self.columns)),
             ("Passes over the rows:", str(self.passes)),
-            ("Rows:", f"{rows} in {self.parts:,} parts, read by {self.tasks:,} tasks"),
+            (
+                "Rows:",
+                f"{rows} in {_count(self.parts, 'part')}, read by {_count(self.tasks, 'task')}",
+            ),
             ("Bytes to read:", read),
             ("Groups:", f"about {self.groups:,}, whose rows are {order}"),
             (
                 "Moments:",
                 f"{_bytes(self.moments_bytes)} ({self.bytes_per_group} bytes a group) in "
-                f"{self.shards:,} shards; a task holds {_bytes(self.state_bytes)}",
+                f"{_count(self.shards, 'shard')}; a task holds {_bytes(self.state_bytes)}",
             ),
             ("Likelihood evaluated:", f"in {where}, about {self.evaluations} times"),
             *(("Warning:", text) for text in self.warnings),
@@ -229,6 +232,10 @@ def _with_warnings(plan: Plan, share: float, one_factor: bool) -> Plan:
             "that many groups costs more than reading fewer rows each saves"
         )
     return Plan(**{**{f: getattr(plan, f) for f in plan.__slots__}, "warnings": tuple(said)})
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _bytes(n: float) -> str:
