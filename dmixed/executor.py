@@ -96,10 +96,10 @@ def collect(
             found = compute(shards)
         else:
             futures = persisted(client, shards, report)
-            summaries = gather(client, client.map(_summary, futures, pure=False, retries=RETRIES))
-            nbytes = sum(summary.totals.nbytes for summary in summaries)
-            if remote or (where == "auto" and plan.shards > 1 and nbytes > DRIVER):
-                return RemoteMoments(reduce(add, summaries), tuple(futures), client)
+            summary = _summaries(client, futures)
+            large = plan.shards > 1 and summary.totals.nbytes > DRIVER
+            if remote or (where == "auto" and large):
+                return RemoteMoments(summary, tuple(futures), client)
             found = gather(client, futures)
     return found[0] if len(found) == 1 else join(found)
 
@@ -112,6 +112,16 @@ def _check_remote(spec: DesignSpec, client: Any) -> None:
             'evaluate_on="workers" needs one grouping factor: the levels of several factors are '
             'solved for together; use evaluate_on="driver"'
         )
+
+
+def _summaries(client: Any, futures: Sequence[Any]) -> Summary:
+    """Sum of the summaries of shards; releases the shards if it is stopped."""
+    try:
+        found = gather(client, client.map(_summary, futures, pure=False, retries=RETRIES))
+    except BaseException:
+        client.cancel(list(futures))
+        raise
+    return reduce(add, found)
 
 
 def _summary(moments: Moments) -> Summary:
