@@ -119,7 +119,7 @@ def parts_moments(
     parts: Sequence[tuple[Part, int]],
     value: Any = None,
     expected: int = 0,
-    told: Callable[[int, int], None] | None = None,
+    told: Callable[[int, int, int], None] | None = None,
 ) -> Moments:
     """Moments of some parts of a source, read one after the other into one state.
 
@@ -132,16 +132,16 @@ def parts_moments(
     expected
         cells for which there is room from the start
     told
-        called with the rows and bytes of each part when it has been added
+        called with the position, rows and bytes of each part when it has been added
     """
     state = _State(spec, expected)
-    for part, row0 in parts:
+    for i, (part, row0) in enumerate(parts):
         rows = nbytes = 0
         for table in stream(part, value):
             state.add(block(spec, table, row0 + rows, part.name, state.index))
             rows, nbytes = rows + len(table), nbytes + table.nbytes
         if told is not None:
-            told(rows, nbytes)
+            told(i, rows, nbytes)
     return state.moments()
 
 

@@ -7,10 +7,11 @@ so that they do not depend on the machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
 from typing import Any
+from weakref import WeakSet
 
 from dmixed.blocks import Floats
 from dmixed.collect import Moments, Summary
@@ -100,6 +101,7 @@ class RemoteMoments:
     summary: Summary
     futures: tuple[Any, ...]
     client: Any
+    _made: WeakSet[Any] = field(default_factory=WeakSet, repr=False)
 
     @property
     def spec(self) -> DesignSpec:
@@ -129,9 +131,20 @@ class RemoteMoments:
 
     def each(self, function: Callable[..., Any], *others: Sequence[Any], **options: Any) -> Any:
         """Futures of ``function(moments, *other, **options)`` of every shard."""
-        return self.client.map(
+        made = self.client.map(
             function, self.futures, *others, pure=False, retries=RETRIES, **options
         )
+        self._made.update(made)
+        return made
+
+    def release(self) -> None:
+        """Let the workers forget these moments and what `each` has made of them.
+
+        Of use where an exception ends the work: an interpreter keeps the last one, and with it
+        whatever its frames hold.
+        """
+        for future in (*self.futures, *self._made):
+            future.release()
 
     def __reduce__(self) -> Any:
         raise NotSupportedError(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from operator import add, getitem
+from threading import Lock
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -97,16 +98,19 @@ def collect(
     numbered = list(zip(parts, _starts(parts), strict=True))
     with _told(report, len(parts), client) as topic:
         read = partial(_parts_moments, spec, plan.expected, topic)
-        tasks = [_task(read, numbered[run.start : run.stop], MOMENTS) for run in plan.runs]
+        tasks = [
+            _task(partial(read, run.start), numbered[run.start : run.stop], MOMENTS)
+            for run in plan.runs
+        ]
         shards = _shards(tasks, plan)
         if client is None:
             found = compute(shards)
         else:
             futures = persisted(client, shards, report)
-            summaries = gather(client, client.map(_summary, futures, pure=False, retries=RETRIES))
-            nbytes = sum(summary.totals.nbytes for summary in summaries)
-            if remote or (where == "auto" and plan.shards > 1 and nbytes > DRIVER):
-                return RemoteMoments(reduce(add, summaries), tuple(futures), client)
+            summary = _summaries(client, futures)
+            large = plan.shards > 1 and summary.totals.nbytes > DRIVER
+            if remote or (where == "auto" and large):
+                return RemoteMoments(summary, tuple(futures), client)
             found = gather(client, futures)
     return found[0] if len(found) == 1 else join(found)
 
@@ -119,6 +123,16 @@ def _check_remote(spec: DesignSpec, client: Any) -> None:
             'evaluate_on="workers" needs one grouping factor: the levels of several factors are '
             'solved for together; use evaluate_on="driver"'
         )
+
+
+def _summaries(client: Any, futures: Sequence[Any]) -> Summary:
+    """Sum of the summaries of shards; releases the shards if it is stopped."""
+    try:
+        found = gather(client, client.map(_summary, futures, pure=False, retries=RETRIES))
+    except BaseException:
+        client.cancel(list(futures))
+        raise
+    return reduce(add, found)
 
 
 def _summary(moments: Moments) -> Summary:
@@ -189,26 +203,41 @@ def _parts_moments(
     spec: DesignSpec,
     expected: int,
     topic: str | None,
+    first: int,
     parts: Sequence[tuple[Part, int]],
     value: Any = None,
 ) -> Moments:
-    told = None if topic is None else partial(_tell, topic)
+    told = None if topic is None else partial(_tell, topic, first)
     return parts_moments(spec, parts, value, expected, told)
 
 
-_REPORTS: dict[str, Report] = {}
-"""Reports of passes that go on in this process, by topic."""
+class _Listening:
+    """Tells a report of each part once: what a lost worker has read is read again."""
+
+    def __init__(self, report: Report) -> None:
+        self.report, self._read, self._lock = report, set[int](), Lock()
+
+    def __call__(self, part: int, rows: int, nbytes: int) -> None:
+        with self._lock:
+            if part in self._read:
+                return
+            self._read.add(part)
+        self.report.task(rows, nbytes)
 
 
-def _tell(topic: str, rows: int, nbytes: int) -> None:
-    """Tell the report of a pass that a part has been read, from wherever this runs."""
-    report = _REPORTS.get(topic)
-    if report is not None:
-        report.task(rows, nbytes)
+_LISTENING: dict[str, _Listening] = {}
+"""Who listens to the passes that go on in this process, by topic."""
+
+
+def _tell(topic: str, first: int, part: int, rows: int, nbytes: int) -> None:
+    """Tell that a part has been read (``part`` counts from the first of the run), from anywhere."""
+    told = _LISTENING.get(topic)
+    if told is not None:
+        told(first + part, rows, nbytes)
         return
     from distributed import get_worker
 
-    get_worker().log_event(topic, {"rows": rows, "bytes": nbytes})
+    get_worker().log_event(topic, {"part": first + part, "rows": rows, "bytes": nbytes})
 
 
 @contextlib.contextmanager
@@ -220,17 +249,19 @@ def _told(report: Report | None, parts: int, client: Any) -> Iterator[str | None
     topic = unique_key("dmixed")
     report.stage("pass", parts)
 
-    def event(message: tuple[float, dict[str, int]]) -> None:
-        if topic in _REPORTS:  # events may come late
-            report.task(message[1]["rows"], message[1]["bytes"])
+    told = _Listening(report)
 
-    _REPORTS[topic] = report
+    def event(message: tuple[float, dict[str, int]]) -> None:
+        if topic in _LISTENING:  # events may come late
+            told(message[1]["part"], message[1]["rows"], message[1]["bytes"])
+
+    _LISTENING[topic] = told
     try:
         if client is not None:
             client.subscribe_topic(topic, event)
         yield topic
     finally:
-        del _REPORTS[topic]
+        del _LISTENING[topic]
         if client is not None and client.status == "running":
             client.unsubscribe_topic(topic)
 

@@ -278,6 +278,12 @@ class MixedLM(FitsOfModel):
         report.passed(found.nobs + sum(found.dropped.values()), found.dropped)
         return found
 
+    def _release(self) -> None:
+        """Let a cluster forget the moments of a model that nobody is going to have."""
+        found = vars(self).pop("moments", None)
+        if isinstance(found, RemoteMoments):
+            found.release()
+
     @cached_property
     def _prepared(self) -> Prepared:
         return prepare(self.moments)
@@ -394,12 +400,16 @@ def lmer(
         raise DataError(f'evaluate_on={evaluate_on!r}: must be "auto", "driver" or "workers"')
     model._evaluate_on = evaluate_on
     (name,) = search_methods(method)
-    with open_progress(progress) as report:
-        model._read(report)
-        report.stage("fit")
-        search = Search(name, None, None, report.watch(callback))
-        found = model._fit(bool(reml), search, None, None, True, Penalties())
-        report.fitted(found.summary)
+    try:
+        with open_progress(progress) as report:
+            model._read(report)
+            report.stage("fit")
+            search = Search(name, None, None, report.watch(callback))
+            found = model._fit(bool(reml), search, None, None, True, Penalties())
+            report.fitted(found.summary)
+    except BaseException:
+        model._release()
+        raise
     return model._result(found, False, {}, stacklevel=3)
 
 
