@@ -18,6 +18,9 @@ from dmixed.index import LabelIndex
 from dmixed.moments import Accumulator, GroupMoments, Totals, combine
 from dmixed.sources import Part, stream
 
+CELLS = 2**17
+"""Cells of one shard that are factored at a time."""
+
 SUMS = 4
 """Sets of columns, as batches with other levels have them, that are summed side by side."""
 
@@ -74,8 +77,10 @@ class Moments:
 
     @property
     def shards(self) -> list[GroupMoments]:
-        """Moments of the cells of each shard."""
-        ends = np.cumsum(self.sizes or (self.n_cells,)).tolist()
+        """Moments of the cells of each shard; of one shard, of neighbouring cells."""
+        n = self.n_cells
+        sizes = self.sizes or [min(CELLS, n - i) for i in range(0, n, CELLS)]
+        ends = np.cumsum(sizes).tolist()
         return [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def __add__(self, other: Moments) -> Moments:

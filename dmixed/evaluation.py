@@ -7,7 +7,7 @@ so that they do not depend on the machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -26,7 +26,7 @@ from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS, OneLevel
 from dmixed.terms import ProfileTerms
 
-SLICE = 16 * GROUPS
+SLICE = 32 * GROUPS
 """Groups of one factor evaluated by one task."""
 
 FEW_CLUSTERS = 1024
@@ -163,6 +163,10 @@ class RemoteFactors:
 
     futures: tuple[Any, ...]
     client: Any
+
+    def first(self) -> RemoteFactors:
+        """The first shard alone."""
+        return replace(self, futures=self.futures[:1])
 
     def terms(self, blocks: Blocks, root: Floats, order: int) -> ProfileTerms:
         """Terms of all groups, added shard by shard in order.

@@ -9,7 +9,7 @@ taken. With several factors the moments of cells are put together in `levels`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from operator import add
 from typing import Any, Protocol, TypeAlias
@@ -36,6 +36,9 @@ from dmixed.whitening import matrix, original
 
 Each: TypeAlias = Callable[[Callable[[GroupMoments], Any], Iterable[GroupMoments]], Iterable[Any]]
 
+SAMPLED = 8
+"""Shards from which the first is a small sample, to start from."""
+
 PIVOT = 1e-14
 """A pivot below this fraction of the uncentred second moment is a zero row of R (n_g < q)."""
 
@@ -49,6 +52,9 @@ class Elsewhere(Protocol):
 
     def terms(self, blocks: Blocks, root: Floats, order: int) -> ProfileTerms:
         """Terms of all groups at Psi = root root' (q, q), up to derivatives of an order."""
+
+    def first(self) -> Elsewhere:
+        """The groups of the first shard alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,9 @@ class Factors:
         sum of log weights
     elsewhere
         what evaluates the groups where they are, if they are not here: then there are no parts
+    first
+        rows of the first shard, and the dimension of the span of its random columns, where there
+        are shards enough that it is a small sample of the groups; else None
     """
 
     blocks: Blocks
@@ -99,6 +108,7 @@ class Factors:
     y_scale: float
     log_weights: float
     elsewhere: Elsewhere | None = None
+    first: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         k = len(self.Fw)
@@ -109,6 +119,31 @@ class Factors:
     def p(self) -> int:
         """Number of fixed effects."""
         return len(self.Fw) - 1
+
+    @property
+    def sample(self) -> Factors | None:
+        """The model on the groups of the first shard, about; None if there are few shards.
+
+        A shard is a random sample of the groups, but F'F is known in total only: what groups do
+        not explain of it is taken to be the shard's share.
+        """
+        if self.first is None:
+            return None
+        nobs, rank = self.first
+        share = (nobs - rank) / max(self.nobs - self.rank_random, 1)
+        return replace(
+            self,
+            parts=(),
+            evaluated=self.evaluated[:1],
+            Fw=self.Fw * share,
+            within=self.within * share,
+            rank_random=rank,
+            nobs=nobs,
+            stored=self.stored * nobs / self.nobs,
+            total=self.total * nobs / self.nobs,
+            elsewhere=None if self.elsewhere is None else self.elsewhere.first(),
+            first=None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +158,19 @@ class Within:
         (k, k): cross-products in the span of the random columns, about the references
     rank
         dimension of that span
+    nobs
+        rows
     """
 
     block: Floats
     taken: Floats
     rank: int
+    nobs: int
 
     def __add__(self, other: Within) -> Within:
         """Of both sets of cells."""
-        return Within(self.block + other.block, self.taken + other.taken, self.rank + other.rank)
+        names = [field.name for field in fields(self)]
+        return Within(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 def _centred(moments: GroupMoments, start: int, stop: int) -> tuple[Floats, Floats, Within]:
@@ -165,7 +204,8 @@ def _centred(moments: GroupMoments, start: int, stop: int) -> tuple[Floats, Floa
         R[a, a:] = T[a, random[a:]]
         taken += T[a] @ T[a].T
     rank = int(np.count_nonzero(np.einsum("aag->ag", R)))
-    return R, T, Within(WtF.sum(axis=2), taken, rank)
+    rows = int(moments.counts[start:stop].sum())
+    return R, T, Within(WtF.sum(axis=2), taken, rank, rows)
 
 
 def _within(moments: GroupMoments) -> Within:
@@ -297,8 +337,8 @@ def one_level(moments: GroupMoments, model: Coordinates) -> Shard:
     for start, stop in _chunks(moments.n_groups):
         R, T, own = _centred(moments, start, stop)
         for a in range(r):
-            RT[a, :q, start:stop] = W.T @ R[a]
-            RT[a, q:, start:stop] = model.F.T @ T[a]
+            np.matmul(W.T, R[a], out=RT[a, :q, start:stop])
+            np.matmul(model.F.T, T[a], out=RT[a, q:, start:stop])
         found = own if found is None else found + own
     assert found is not None
     part = OneLevel(RT)
@@ -312,6 +352,7 @@ def problem(
     terms: Sequence[Term],
     shards: Sequence[GroupMoments] | None = None,
     each: Each = map,
+    sampled: bool = False,
 ) -> Problem:
     """Coordinates and factors of the model with these columns.
 
@@ -327,6 +368,8 @@ def problem(
         the same moments in pieces, which are summed one after the other
     each
         applies a function to all of some things, like ``map``
+    sampled
+        whether each shard is a random sample of the groups
 
     Raises
     ------
@@ -339,34 +382,41 @@ def problem(
     model = coordinates(totals, exog, endog, terms)
     if _each_for_itself(terms, moments.n_groups):
         found: list[Shard] = list(each(partial(one_level, model=model), shards or [moments]))
-        within = reduce(add, (shard.within for shard in found))
+        explained = [shard.within for shard in found]
         evaluated = tuple(shard.evaluated for shard in found)
         own = tuple(shard.part for shard in found)
-        return assembled(totals, model, own, within, evaluated=evaluated)
+        return assembled(totals, model, own, explained, evaluated=evaluated, sampled=sampled)
     within, centred = _within(moments), _centred_cells(moments, terms)
     parts, Fw = _clusters(moments, model, centred)
-    return assembled(totals, model, parts, within, Fw, centred=centred)
+    return assembled(totals, model, parts, [within], Fw, centred=centred)
 
 
 def assembled(
     totals: Totals,
     model: Coordinates,
     parts: tuple[OneLevel | Bucket, ...],
-    within: Within,
+    shards: Sequence[Within],
     Fw: Floats | None = None,
     evaluated: tuple[OneLevel, ...] | None = None,
     centred: bool = True,
+    sampled: bool = False,
 ) -> Problem:
     """The problem, once all groups have been looked at.
 
     Parameters
     ----------
+    shards
+        what the cells of each shard explain
+    sampled
+        whether a shard is a random sample of the groups
     Fw
         see `Factors`; None where the parts explain what the cells explain
     centred
         cells are centred, so that references, if there are any, cancel
     """
+    within = reduce(add, shards)
     residual = model.F.T @ _residual(totals, within) @ model.F
+    first = (shards[0].nobs, shards[0].rank) if sampled and len(shards) >= SAMPLED else None
     factors = Factors(
         blocks=model.blocks,
         parts=parts,
@@ -380,6 +430,7 @@ def assembled(
         log_jacobian=model.fixed.log_jacobian,
         y_scale=model.response.scale,
         log_weights=totals.log_weights,
+        first=first,
     )
     return Problem(model.fixed, model.response, model.natural, model.terms, factors)
 

@@ -14,7 +14,7 @@ from dmixed.covariance import root_derivatives
 from dmixed.dispatch import one_blas_thread
 from dmixed.errors import DataError
 from dmixed.evaluation import Evaluator
-from dmixed.factors import Problem
+from dmixed.factors import Factors, Problem
 from dmixed.inference.joint import beta_slope
 from dmixed.inference.variances import VarianceEstimates, variance_estimates
 from dmixed.likelihood import (
@@ -241,7 +241,7 @@ def find_optimum(
         )
 
     try:
-        found = _search(problem, objective(), search)
+        found = _search(problem, reml, objective(), search)
         zero = zero_blocks(factors.blocks, found.root)
         if len(zero) >= 2 or (zero and factors.nobs <= FEW_ROWS):
             found = _checked(found, objective(), search)
@@ -250,15 +250,43 @@ def find_optimum(
     return found
 
 
-def _search(problem: Problem, objective: Objective, search: Search) -> Optimum:
-    factors = problem.factors
+def _search(problem: Problem, reml: bool, objective: Objective, search: Search) -> Optimum:
+    factors, sampled = problem.factors, 0
     if search.start is not None:
         start = natural_root(problem, search.start) * factors.blocks.moving + objective.held
     else:
-        sigma2 = within_variance(factors)
-        start = starting_root(objective, lambda at: scoring_step(factors, at, sigma2))
+        found = _of_a_sample(factors, reml, objective.kept)
+        if found is None:
+            start = _started(factors, objective)
+        else:
+            start, sampled = found
     root, summary, at = optimize(objective, start, search.method, search.options)
-    return Optimum(root, summary, at, objective)
+    return Optimum(root, replace(summary, sampled=sampled), at, objective)
+
+
+def _started(factors: Factors, objective: Objective) -> Floats:
+    sigma2 = within_variance(factors)
+    return starting_root(objective, lambda at: scoring_step(factors, at, sigma2))
+
+
+def _of_a_sample(factors: Factors, reml: bool, kept: Floats | None) -> tuple[Floats, int] | None:
+    """Optimum of the first shard, and evaluations; None if it is no place to start from.
+
+    An evaluation of a shard costs a fraction, and its optimum is off by what the estimates of a
+    sample are: two Newton steps of the whole.
+    """
+    sample = factors.sample
+    if sample is None or sample.nobs - sample.rank_random <= FEW_ROWS:
+        return None
+    terms = Evaluator(sample)
+    own = Objective(lambda root: criterion(sample, terms(root), reml), sample.blocks, None, kept)
+    try:
+        root, summary, _ = optimize(own, _started(sample, own))
+    except np.linalg.LinAlgError:
+        return None
+    if not summary.converged or zero_blocks(sample.blocks, root):
+        return None  # from a variance of zero nothing leads back
+    return root, summary.evaluations
 
 
 def _checked(first: Optimum, objective: Objective, search: Search) -> Optimum:

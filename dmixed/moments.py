@@ -7,6 +7,7 @@ For the carried columns F (n, k) of some rows and the random ones among them, W 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -252,6 +253,9 @@ class _Workspace:
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
         self.place = np.empty(size, dtype=np.int64)
         self.reference = np.empty((size if block.references else 0, k), dtype=np.float32)
+        self.alone = _alone(block)
+        done = set(self.alone.values())
+        self.others = [(j, r) for j, r in enumerate(block.recipes) if j not in done]
         self.recoded = np.empty((0 if block.recoding is None else size, k))
 
     def columns(self, block: DesignBlock, rows: slice) -> Floats:
@@ -262,10 +266,11 @@ class _Workspace:
         m = len(range(*rows.indices(block.nobs)))
         F, product, inside = self.F[:m], self.product[:m], self.inside[:m]
         frame = zip(block.values, block.frame.shift, block.frame.scale, self.shifted, strict=True)
-        for x, shift, scale, u in frame:
+        for v, (x, shift, scale, u) in enumerate(frame):
             np.subtract(x[rows], shift, out=u[:m])
-            u[:m] *= 1.0 / scale
-        for j, recipe in enumerate(block.recipes):
+            out = F[:, self.alone[v]] if v in self.alone else u[:m]
+            np.multiply(u[:m], 1.0 / scale, out=out)
+        for j, recipe in self.others:
             factors = [self.shifted[v, :m] for v, power in recipe.powers for _ in range(power)]
             column: Floats | float = factors[0] if factors else 1.0
             for factor in factors[1:]:
@@ -276,6 +281,17 @@ class _Workspace:
             else:
                 F[:, j] = column
         return F
+
+
+def _alone(block: DesignBlock) -> dict[int, int]:
+    """Variables that make one column, as they are, and no other; with that column."""
+    uses = Counter(v for recipe in block.recipes for v, _ in recipe.powers)
+    return {
+        recipe.powers[0][0]: j
+        for j, recipe in enumerate(block.recipes)
+        if recipe.cells < 0 and len(recipe.powers) == 1 and recipe.powers[0][1] == 1
+        and uses[recipe.powers[0][0]] == 1
+    }  # fmt: skip
 
 
 class Accumulator:

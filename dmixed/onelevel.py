@@ -20,7 +20,7 @@ from dmixed.blocks import Floats
 from dmixed.covariance import Blocks
 from dmixed.terms import ProfileTerms
 
-GROUPS = 2048
+GROUPS = 4096
 """Groups evaluated at a time: their factors stay in the processor's cache."""
 
 
@@ -67,7 +67,7 @@ def solved(RT: Floats, root: Floats) -> tuple[Floats, Floats]:
     return V, diagonal
 
 
-MANY = 4096
+MANY = 2 * GROUPS
 """Groups from which those with equal R are put together."""
 
 

@@ -137,6 +137,8 @@ class OptimizeSummary:
         see `Certificate`
     checks
         evaluations of a second search, whose end was not lower
+    sampled
+        evaluations on a sample of the groups, from whose optimum the search started
     """
 
     method: str
@@ -146,6 +148,7 @@ class OptimizeSummary:
     path: tuple[Step, ...] = field(repr=False)
     certificate: Certificate = field(default_factory=lambda: Certificate(*(np.nan,) * 6))
     checks: int = 0
+    sampled: int = 0
 
 
 @dataclass(slots=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -178,7 +176,8 @@ def prepare(moments: Moments | RemoteMoments) -> Prepared:
     _check_single_rows(moments, bars, terms)
     exog, endog = moments.group.coded(design.T_fixed), moments.group.coded(design.t_response)
     with _named(bars, terms):
-        found = problem(moments.group, exog, endog, terms, moments.shards, in_threads)
+        sampled = bool(moments.sizes)
+        found = problem(moments.group, exog, endog, terms, moments.shards, in_threads, sampled)
     _check_response(design, found)
     return Prepared(
         moments,
@@ -210,12 +209,12 @@ def _remote(moments: RemoteMoments) -> Prepared:
         exog, endog = totals.coded(design.T_fixed), totals.coded(design.t_response)
         model = coordinates(totals, exog, endog, terms)
         futures, facts = remote_shards(moments, model)
-    within = reduce(add, (fact.within for fact in facts))
+    explained = [fact.within for fact in facts]
     elsewhere: RemoteFactors | None = RemoteFactors(futures, moments.client)
     evaluated: tuple[OneLevel, ...] = ()
     if sum(fact.nbytes for fact in facts) <= MERGED:
         elsewhere, evaluated = None, evaluated_here(moments.client, futures)
-    found = assembled(totals, model, (), within, evaluated=evaluated)
+    found = assembled(totals, model, (), explained, evaluated=evaluated, sampled=True)
     found = replace(found, factors=replace(found.factors, elsewhere=elsewhere))
     _check_response(design, found)
     none = moments.no_labels()

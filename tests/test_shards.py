@@ -202,3 +202,31 @@ def test_totals_add():
         assert np.allclose(getattr(a, name), getattr(b, name), rtol=1e-12)
     assert found.design.fixed_names == whole.design.fixed_names
     assert replace(whole, sizes=()).shards[0].n_groups == whole.n_cells
+
+
+# ------------------------------------------------------------------------ the first shard
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("reml", [True, False])
+def test_the_search_starts_from_the_first_shard(formula, reml):
+    found = moments(formula, table(n=40_000, groups=4_000))
+    assert prepare(found).problem.factors.first is None  # cells in no order are no sample
+    whole, parts = prepare(found), prepare(join(split(found, 8)))
+    a, b = fit(whole, reml), fit(parts, reml)
+    assert a.summary.sampled == 0
+    assert 0 < b.summary.sampled <= 12
+    assert a.summary.converged
+    assert b.summary.converged
+    assert a.value == pytest.approx(b.value, abs=1e-7)
+    assert np.allclose(a.theta, b.theta, rtol=1e-6)
+
+
+def test_a_sample_without_variance_is_no_start():
+    data = table(n=20_000, groups=2_000)
+    data["y"] = np.random.default_rng(3).normal(size=len(data)) + data["x"]
+    parts = prepare(join(split(moments(FORMULAS[0], data), 8)))
+    whole = prepare(moments(FORMULAS[0], data))
+    a, b = fit(whole), fit(parts)
+    assert a.value == pytest.approx(b.value, abs=1e-7)
+    assert np.allclose(a.theta, b.theta, rtol=1e-5, atol=1e-9)
