@@ -137,9 +137,7 @@ def ratio(folder: Path, paths: Sequence[Path], runs: int) -> tuple[float, float]
 
         bare()  # the warm-up of each
         n_groups = fit(folder, client, rows).n_groups
-        pairs = [
-            (timed(bare)[0], timed(lambda: fit(folder, client, rows))[0]) for _ in range(runs)
-        ]
+        pairs = [(timed(bare)[0], timed(lambda: fit(folder, client, rows))[0]) for _ in range(runs)]
         memory = max(client.run(peak_memory).values())
     least, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"{rows:,} rows, {n_groups:,} groups, {len(names)} files: {FORMULA}")
