@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -68,20 +69,25 @@ class Moments:
     @property
     def design(self) -> Design:
         """Names and coding of all columns, learned over all rows."""
-        return learn(self.spec, self.levels, self.group.columns, self.group.unweighted, self.nobs)
+        return self.summary.design
 
     @property
     def summary(self) -> Summary:
-        """All but what belongs to single cells."""
-        return Summary(self.spec, self.levels, self.group.totals, self.dropped)
+        """All but what belongs to single cells: summed as if each shard were on a worker."""
+        totals = reduce(add, (shard.totals for shard in self.shards))
+        return Summary(self.spec, self.levels, totals, self.dropped)
 
     @property
     def shards(self) -> list[GroupMoments]:
-        """Moments of the cells of each shard; of one shard, of neighbouring cells."""
+        """Moments of the cells of each shard, the first with the sums over all rows.
+
+        Of one shard, of neighbouring cells.
+        """
         n = self.n_cells
-        sizes = self.sizes or [min(CELLS, n - i) for i in range(0, n, CELLS)]
+        sizes = self.sizes or [min(CELLS, n - i) for i in range(0, n, CELLS)] or [0]
         ends = np.cumsum(sizes).tolist()
-        return [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        parts = [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        return [parts[0], *map(_without_totals, parts[1:])]
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets of rows; cells are aligned by label, columns by name."""
@@ -197,16 +203,15 @@ def split(moments: Moments, shards: int) -> list[Moments]:
     order = np.argsort(shard, kind="stable")
     ends = np.cumsum(np.bincount(shard, minlength=shards))
     whole = [moments.take(own) for own in np.split(order, ends[:-1])]
-    return [whole[0], *(_without_totals(part) for part in whole[1:])]
+    rest = [replace(m, group=_without_totals(m.group), dropped={}) for m in whole[1:]]
+    return [whole[0], *rest]
 
 
-def _without_totals(moments: Moments) -> Moments:
+def _without_totals(group: GroupMoments) -> GroupMoments:
     """The same cells, but zero in place of the sums over all rows."""
-    group = moments.group
     nothing = np.zeros_like(group.FtF)
     plain = nothing if group.plain is group.FtF else np.zeros_like(group.plain)
-    group = replace(group, FtF=nothing, plain=plain, log_weights=0.0)
-    return replace(moments, group=group, dropped={})
+    return replace(group, FtF=nothing, plain=plain, log_weights=0.0)
 
 
 def join(shards: Sequence[Moments]) -> Moments:

@@ -365,7 +365,8 @@ def problem(
     terms
         random terms, in order of their blocks
     shards
-        the same moments in pieces, which are summed one after the other
+        the same moments in pieces, which are summed one after the other; the first has the sums
+        over all rows, the others zero
     each
         applies a function to all of some things, like ``map``
     sampled
@@ -378,7 +379,7 @@ def problem(
     levels.TooManyLevels
         factors are crossed in more levels than dense algebra can take
     """
-    totals = moments.totals
+    totals = reduce(add, (shard.totals for shard in shards or [moments]))
     model = coordinates(totals, exog, endog, terms)
     if _each_for_itself(terms, moments.n_groups):
         found: list[Shard] = list(each(partial(one_level, model=model), shards or [moments]))
