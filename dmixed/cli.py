@@ -180,6 +180,15 @@ def fit(
             help="A method of scipy.optimize.minimize instead of the exact Newton method.",
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="DIR",
+            help="Keep the sums of the pass and the progress of the search in this directory or "
+            "URI; a fit that was stopped goes on from there, without reading the data again.",
+        ),
+    ] = None,
     out: Out = None,
     progress: Shown = None,
     verbose: Verbose = 0,
@@ -207,6 +216,7 @@ def fit(
                 method=method,
                 filters=filters or None,
                 progress=progress,
+                checkpoint=checkpoint,
             )
 
     with _log(verbose):

@@ -81,7 +81,7 @@ def collect(
     parts = source.parts(spec.columns, _key_columns(spec))
     remote = where == "workers"
     if remote:
-        _check_remote(spec, client)
+        check_remote(spec, client)
     plan = _layout(spec, source, parts, pilot, client, remote)
     numbered = list(zip(parts, _starts(parts), strict=True))
     with _told(report, len(parts), client) as topic:
@@ -100,7 +100,8 @@ def collect(
     return found[0] if len(found) == 1 else join(found)
 
 
-def _check_remote(spec: DesignSpec, client: Any) -> None:
+def check_remote(spec: DesignSpec, client: Any) -> None:
+    """Refuse to leave moments on workers where there are none, or where the model forbids it."""
     if client is None:
         raise DmixedError('evaluate_on="workers" needs a cluster: pass client=, or make a Client')
     if not divisible(spec):

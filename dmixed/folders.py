@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -178,3 +179,44 @@ def _plain_errors(options: Mapping[str, Any]) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror is not None and not options:
             raise
         raise OSError(redact(f"{type(error).__name__}: {error}", options)) from None
+
+
+# --------------------------------------------------------------------------- workers
+
+
+def check_workers(folder: Folder, client: Any) -> None:
+    """Refuse a directory that the workers of a cluster do not share with this process.
+
+    Raises
+    ------
+    DataError
+        naming the directory and a worker
+    OSError
+        the directory cannot be written here
+    """
+    token = uuid4().hex
+    name = f".{token}.dmixed"
+    folder.put(name, token.encode())
+    try:
+        answers: dict[str, str | None] = client.run(_shared, folder, name, token)
+    finally:
+        folder.remove(name)
+    for worker, why in answers.items():
+        if why is not None:
+            raise DataError(
+                f"{folder.name}: the worker {worker} of the cluster cannot use it: {why}; give a "
+                "directory on storage that all machines share"
+            )
+
+
+def _shared(folder: Folder, name: str, token: str) -> str | None:
+    """What a worker calls: None if it sees the file and can write beside it, else why not."""
+    own = f".{uuid4().hex}.dmixed"
+    try:
+        if folder.size(name) is None or folder.read(name) != token.encode():
+            return f"the directory is another one on {platform.node()}"
+        folder.put(own, b"")
+        folder.remove(own)
+    except Exception as error:  # whatever a storage raises, or that it is not installed there
+        return str(error)
+    return None

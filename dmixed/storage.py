@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dmixed import momentstore
+from dmixed import manifests, momentstore
 from dmixed.blocks import Floats
 from dmixed.errors import DataError, DmixedError
 from dmixed.fitting import Estimates
@@ -93,7 +93,7 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
         the directory cannot be written
     """
     moments = result.prepared.here
-    momentstore.refuse_own_functions(moments.spec.formula, moments.spec.context)
+    manifests.refuse_own_functions(moments.spec.formula, moments.spec.context)
     _estimates(result.estimates, result.prepared, str(path))
     with new_directory(_local(path), RESULT) as staging:
         folder = Folder.at(staging)
@@ -118,10 +118,10 @@ def load(path: str | os.PathLike[str]) -> Stored:
     """
     folder = Folder.at(_local(path))
     file = folder.file(RESULT)
-    record = made_record(_Record, folder.read(RESULT, momentstore.RECORD), file, SCHEMA)
-    manifest = momentstore.read_manifest(folder)
+    record = made_record(_Record, folder.read(RESULT, manifests.RECORD), file, SCHEMA)
+    manifest = manifests.read_manifest(folder)
     if record_checksum(manifest) != record.moments:
-        raise DataError(f"{folder.file(momentstore.MANIFEST)}: is of other moments than {file}")
+        raise DataError(f"{folder.file(manifests.MANIFEST)}: is of other moments than {file}")
     moments = momentstore.read(folder, manifest)
     try:
         prepared = prepare(moments)
