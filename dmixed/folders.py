@@ -17,6 +17,9 @@ from fsspec.implementations.local import LocalFileSystem
 from dmixed.errors import DataError
 from dmixed.sources.files import redact
 
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
+"""Protocols of storages without directories: to make one would make a bucket."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -105,7 +108,8 @@ class Folder:
         """
         if not self._local:
             with _plain_errors(self.options):
-                self._fs.makedirs(self._root, exist_ok=True)
+                if not BUCKETS & set(_protocols(self._fs)):
+                    self._fs.makedirs(self._root, exist_ok=True)
                 self._fs.pipe_file(self._path(name), bytes(content))
             return
         os.makedirs(self._root, exist_ok=True)
@@ -166,6 +170,10 @@ class Folder:
             if self._fs.info(path)["size"] > limit:
                 return None
         return bytes(self._fs.cat_file(path))
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 @contextlib.contextmanager
