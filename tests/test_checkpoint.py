@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dmixed.errors import DataError
 from dmixed.folders import Folder
 from dmixed.formula import parse
 from dmixed.manifests import MANIFEST, read_manifest
+from dmixed.moments import GroupMoments
 from dmixed.momentstore import read, write
 
 FORMULA = "y ~ x + f + (1 + x | g)"
@@ -130,6 +131,14 @@ def test_a_round_trip(
     assert manifest.nbytes == found.group.nbytes - 2 * found.group.FtF.nbytes
     assert_same_moments(read(folder, manifest), found)
     assert len(manifest.shards) == (planning.SHARDS if shards else 1)
+
+
+def test_all_of_the_moments_is_written() -> None:
+    """Whoever gives moments another field must write and read it, or refuse to."""
+    names = "columns random frame WtF FtF plain counts log_weights reference"
+    assert {field.name for field in fields(GroupMoments)} == set(names.split())
+    names = "spec levels labels group dropped sizes"
+    assert {field.name for field in fields(Moments)} == set(names.split())
 
 
 def test_shards_without_cells(data: str) -> None:
