@@ -193,6 +193,15 @@ def fit(
             help="A method of scipy.optimize.minimize instead of the exact Newton method.",
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="DIR",
+            help="Keep the sums of the pass and the progress of the search in this directory or "
+            "URI; a fit that was stopped goes on from there, without reading the data again.",
+        ),
+    ] = None,
     out: Out = None,
     save: Annotated[
         str | None,
@@ -227,6 +236,7 @@ def fit(
                 filters=filters,
                 progress=progress,
                 evaluate_on="driver" if here else "auto",
+                checkpoint=checkpoint,
             )
 
     if save is not None:

@@ -92,7 +92,7 @@ def collect(
         check_workers(client, source.probe(spec.columns))
     remote = where == "workers"
     if remote:
-        _check_remote(spec, client)
+        check_remote(spec, client)
     parts, planned = plan_pass(spec, source, pilot, client, remote)
     plan = planned.layout
     numbered = list(zip(parts, _starts(parts), strict=True))
@@ -115,7 +115,8 @@ def collect(
     return found[0] if len(found) == 1 else join(found)
 
 
-def _check_remote(spec: DesignSpec, client: Any) -> None:
+def check_remote(spec: DesignSpec, client: Any) -> None:
+    """Refuse to leave moments on workers where there are none, or where the model forbids it."""
     if client is None:
         raise DmixedError('evaluate_on="workers" needs a cluster: pass client=, or make a Client')
     if not divisible(spec):

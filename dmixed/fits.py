@@ -33,6 +33,10 @@ class FitsOfModel(RowsOfModel):
         """Make the moments that the fits need."""
         raise NotImplementedError
 
+    def _kept(self, search: Search, reml: bool) -> Search:
+        """The search of a fit without constraints, kept on disk if that was asked for."""
+        raise NotImplementedError
+
     def fit(
         self,
         start_params: Any = None,
@@ -133,7 +137,7 @@ class FitsOfModel(RowsOfModel):
         if start is not None:
             search = replace(search, start=self._Psi(start))
         if free is None and do_cg and not penalties:
-            return fit(prepared, reml, search)
+            return fit(prepared, reml, self._kept(search, reml))
         m, p = len(self._blocks.pairs), self.k_fe
         free_beta, free_pairs = np.ones(p, np.bool_), np.full(m, do_cg)
         if free is not None:

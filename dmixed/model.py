@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pandas as pd
 from dmixed.arrays import array_model, with_columns, with_groups
 from dmixed.blocks import Floats
 from dmixed.caller import joined
+from dmixed.checkpoint import Asked, Checkpoint, open_checkpoint
 from dmixed.collect import Moments
 from dmixed.design import DesignSpec, specify
 from dmixed.dispatch import find_client
@@ -121,6 +123,8 @@ class MixedLM(FitsOfModel):
         filters: Any = None,
         version: int | None = None,
         snapshot: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool | None = None,
         **unknown: Any,
     ) -> MixedLM:
         """Model in statsmodels' words.
@@ -147,7 +151,7 @@ class MixedLM(FitsOfModel):
             variables too
         progress
             see `lmer`; for the pass over the rows, and for fits that are not told otherwise
-        storage_options, filters, version, snapshot
+        storage_options, filters, version, snapshot, checkpoint, resume
             see `lmer`
 
         Raises
@@ -157,6 +161,7 @@ class MixedLM(FitsOfModel):
         """
         del use_sparse
         _refuse(unknown)
+        kept = open_checkpoint(checkpoint, resume, data, storage_options)
         components = vc_formula.values() if isinstance(vc_formula, Mapping) else ()
         texts = [formula, re_formula, *components]
         own = joined(context, sys._getframe(1), [t for t in texts if isinstance(t, str)])
@@ -179,6 +184,7 @@ class MixedLM(FitsOfModel):
         model = cls._of(parsed, data, weights, offset, missing, client, own, place)
         model.use_sqrt = bool(use_sqrt)
         model.progress = checked(progress)
+        model._checkpoint = kept
         model._read_now()
         return model
 
@@ -208,6 +214,7 @@ class MixedLM(FitsOfModel):
         self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
         self.progress: Progress | bool | None = None
         self._evaluate_on = "auto"
+        self._checkpoint: Checkpoint | None = None
         self.use_sqrt = True
         self._names = Names()
 
@@ -258,6 +265,14 @@ class MixedLM(FitsOfModel):
 
     def _moments(self, report: Report) -> Moments | RemoteMoments:
         report.stage("plan")
+        if self._checkpoint is None:
+            return self._collected(report)
+        asked = Asked(self.parsed, **self._options, source=self.source)
+        return self._checkpoint.moments(
+            asked, lambda: self._collected(report), report, self.client, self._evaluate_on
+        )
+
+    def _collected(self, report: Report) -> Moments | RemoteMoments:
         found = self._pass(self.spec, report)
         totals = found.summary.totals
         frame, references = better_frame(totals), needs_references(found.spec, totals)
@@ -287,6 +302,11 @@ class MixedLM(FitsOfModel):
     @cached_property
     def _prepared(self) -> Prepared:
         return prepare(self.moments)
+
+    def _kept(self, search: Search, reml: bool) -> Search:
+        if self._checkpoint is None:
+            return search
+        return self._checkpoint.search(search, self._prepared, reml)
 
     def criterion(self, theta: Any, reml: bool = True) -> tuple[float, Floats, Floats]:
         """-2 log-likelihood profiled over the fixed effects and the scale, and its derivatives.
@@ -325,6 +345,8 @@ def lmer(
     progress: Progress | bool | None = None,
     callback: Callable[[int, Step], None] | None = None,
     evaluate_on: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool | None = None,
 ) -> MixedLMResults:
     """Fit a linear mixed model written as in lme4.
 
@@ -370,6 +392,15 @@ def lmer(
         where the likelihood is evaluated after a pass on a cluster: "driver" brings the moments
         to this process, "workers" leaves them there in shards, "auto" brings them if they have
         less than 200 MB
+    checkpoint
+        directory or URI in which the sums of the pass and the progress of the search are kept; a
+        fit that was stopped goes on from there when it is called again, and reads no row. The
+        ``storage_options`` are used if it is on the storage of the data; on a cluster that keeps
+        the moments, workers must see it too. A checkpoint of another model, or of files that have
+        changed, is an error
+    resume
+        None: as said; True: use the checkpoint also where data are not in files, and whether they
+        are the same cannot be told; False: start over and replace it
 
     Examples
     --------
@@ -384,6 +415,7 @@ def lmer(
     >>> result.fe_params.round(1).to_dict()
     {'Intercept': 1.0, 'x': 2.1}
     """
+    kept = open_checkpoint(checkpoint, resume, data, storage_options)
     model = MixedLM._of(
         parse(formula, context or ()),
         data,
@@ -399,6 +431,7 @@ def lmer(
     if evaluate_on not in ("auto", "driver", "workers"):
         raise DataError(f'evaluate_on={evaluate_on!r}: must be "auto", "driver" or "workers"')
     model._evaluate_on = evaluate_on
+    model._checkpoint = kept
     (name,) = search_methods(method)
     try:
         with open_progress(progress) as report:

@@ -146,6 +146,7 @@ class GroupMoments:
             FtF=self.FtF,
             gram=self.gram,
             unweighted=self.unweighted,
+            plain=self.plain,
             between=np.asarray(sums.T @ sums),
             n_groups=self.n_groups,
             nobs=self.nobs,
@@ -185,7 +186,7 @@ class Totals:
 
     Attributes
     ----------
-    columns, random, frame, FtF, log_weights
+    columns, random, frame, FtF, plain, log_weights
         see `GroupMoments`
     gram, unweighted
         (k, k): FtF about zero, and without row weights
@@ -207,6 +208,7 @@ class Totals:
     FtF: Floats
     gram: Floats
     unweighted: Floats
+    plain: Floats
     between: Floats
     n_groups: int
     nobs: int
@@ -225,8 +227,11 @@ class Totals:
     def __add__(self, other: Totals) -> Totals:
         """Totals of both sets of groups, which have the same columns."""
         assert (self.columns, self.frame) == (other.columns, other.frame)
-        names = ("FtF", "gram", "unweighted", "between", "n_groups", "nobs", "log_weights")
-        sums = {name: getattr(self, name) + getattr(other, name) for name in (*names, "nbytes")}
+        names = ("FtF", "gram", "unweighted", "plain", "between", "n_groups", "nobs")
+        sums = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in (*names, "log_weights", "nbytes")
+        }
         flags = {n: getattr(self, n) or getattr(other, n) for n in ("weighted", "referenced")}
         smallest, largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
         return replace(self, **sums, **flags, smallest=smallest, largest=largest)

@@ -26,7 +26,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dmixed.blocks import Floats
 from dmixed.errors import DataError
 
 T = TypeVar("T")
@@ -85,16 +84,26 @@ def new_directory(path: Path, last: str) -> Iterator[Path]:
 # --------------------------------------------------------------------------- records
 
 
-def write_record(file: Path, record: Any) -> None:
-    """Write a dataclass as JSON."""
+def record_bytes(record: Any) -> bytes:
+    """A dataclass as JSON."""
     plain = _plain(record)
     items = {**plain, "sha256": _checksum(plain)}.items()
     lines = [f"{json.dumps(x)}: {json.dumps(y, allow_nan=False)}" for x, y in items]
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="ascii")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
 
 
-def read_record(kind: type[T], file: Path, schema: str) -> T:
-    """The dataclass that `write_record` wrote; its field ``schema`` must be the one given.
+def record_checksum(record: Any) -> str:
+    """The ``sha256`` of a record: that of its values, not of its bytes."""
+    return _checksum(_plain(record))
+
+
+def made_record(kind: type[T], content: bytes, file: str, schema: str) -> T:
+    """The dataclass that `record_bytes` was given; its field ``schema`` must be the one given.
+
+    Parameters
+    ----------
+    content, file
+        of the file, and what messages call it
 
     Raises
     ------
@@ -102,11 +111,9 @@ def read_record(kind: type[T], file: Path, schema: str) -> T:
         naming the file, and what is damaged or of another type
     """
     try:
-        found = json.loads(file.read_bytes(), parse_constant=_no_constant)
+        found = json.loads(content, parse_constant=_no_constant)
         plain = found if isinstance(found, dict) else {}
         given, checksum = plain.pop("sha256", None), _checksum(plain)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: is damaged, it is not JSON: {error}") from error
     if plain.get("schema") != schema:
@@ -218,30 +225,32 @@ def _array(value: Any, found: _Found) -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """Number of rows of a Parquet file, and checksum of its bytes."""
+    """Number of rows of a Parquet file, its bytes, and their checksum."""
 
     rows: int
+    size: int
     sha256: str
 
 
-def list_type(size: int) -> pa.DataType:
+def list_type(size: int, of: pa.DataType | None = None) -> pa.DataType:
     """Type of `lists` of this many numbers."""
-    return pa.list_(pa.float64(), size)
+    return pa.list_(of or pa.float64(), size)
 
 
-def lists(numbers: Floats) -> pa.Array:
+def lists(numbers: NDArray[Any]) -> pa.Array:
     """An array (n, ...) as n lists of numbers."""
     return pa.FixedSizeListArray.from_arrays(
-        pa.array(numbers.reshape(-1)), numbers.size // len(numbers)
+        pa.array(numbers.reshape(-1)), math.prod(numbers.shape[1:])
     )
 
 
-def write_table(file: Path, table: pa.Table) -> TableFile:
-    """Write a table as Parquet."""
-    rows = max(1, ROW_GROUP * len(table) // table.nbytes)
-    pq.write_table(table, file, row_group_size=rows, compression="zstd")
-    with file.open("rb") as stream:
-        return TableFile(len(table), hashlib.file_digest(stream, "sha256").hexdigest())
+def table_bytes(table: pa.Table) -> tuple[pa.Buffer, TableFile]:
+    """A table as Parquet, and what tells these bytes from others."""
+    rows = max(1, ROW_GROUP * len(table) // max(table.nbytes, 1))
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream, row_group_size=rows, compression="zstd")
+    content = stream.getvalue()
+    return content, TableFile(len(table), content.size, hashlib.sha256(content).hexdigest())
 
 
 def _kept(type_: pa.DataType) -> pa.DataType:
@@ -249,36 +258,38 @@ def _kept(type_: pa.DataType) -> pa.DataType:
     return pa.timestamp("ms", type_.tz) if str(type_).startswith("timestamp[s") else type_
 
 
-def read_table(
-    file: Path, known: TableFile, wanted: Sequence[tuple[str, pa.DataType]]
+def table_arrays(
+    content: bytes, file: str, known: TableFile, wanted: Sequence[tuple[str, pa.DataType]]
 ) -> list[Any]:
-    """Columns of a file: arrays of Arrow, and (n, m) of numpy where there are lists."""
+    """Columns of a Parquet file: arrays of Arrow, and (n, m) of numpy where there are lists.
+
+    Raises
+    ------
+    DataError
+        naming the file, which is not the one that is known, or does not have what is wanted
+    """
+    if hashlib.sha256(content).hexdigest() != known.sha256:
+        raise DataError(f"{file}: is damaged or was changed: its checksum is not right")
     try:
-        with file.open("rb") as stream:
-            checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-            if checksum != known.sha256:
-                raise DataError(f"{file}: is damaged or was changed: its checksum is not right")
-            parquet = pq.ParquetFile(stream)
-            names, types = parquet.schema_arrow.names, parquet.schema_arrow.types
-            if [*zip(names, types, strict=True)] != [(name, _kept(x)) for name, x in wanted]:
-                raise DataError(f"{file}: must have columns {wanted}")
-            if parquet.metadata.num_rows != known.rows:
-                raise DataError(f"{file}: has {parquet.metadata.num_rows} rows, not {known.rows}")
-            table = parquet.read()
+        parquet = pq.ParquetFile(pa.BufferReader(content))
+        names, types = parquet.schema_arrow.names, parquet.schema_arrow.types
+        if [*zip(names, types, strict=True)] != [(name, _kept(x)) for name, x in wanted]:
+            raise DataError(f"{file}: must have columns {wanted}")
+        if parquet.metadata.num_rows != known.rows:
+            raise DataError(f"{file}: has {parquet.metadata.num_rows} rows, not {known.rows}")
+        table = parquet.read()
         arrays = [
             x.combine_chunks() if x.type == type_ else x.combine_chunks().cast(type_)
             for x, (_, type_) in zip(table.columns, wanted, strict=True)
         ]
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     if any(x.null_count for x in arrays):
         raise DataError(f"{file}: must not have nulls")
     return [_matrix(file, x) if pa.types.is_fixed_size_list(x.type) else x for x in arrays]
 
 
-def _matrix(file: Path, lists: pa.Array) -> Floats:
+def _matrix(file: str, lists: pa.Array) -> NDArray[Any]:
     """Lists of numbers as an array (n, m)."""
     numbers = lists.flatten().to_numpy(zero_copy_only=False)
     if not np.isfinite(numbers).all():

@@ -20,10 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import dmixed
-from dmixed import cli, records, storage
+from dmixed import cli, records
 from dmixed.errors import DataError
+from dmixed.folders import Folder
 
-FILES = ("result.json", "cells.parquet", "columns.parquet")
+CELLS_FILE, SUMS_FILE = "cells-00000.parquet", "columns.parquet"
+FILES = ("result.json", "manifest.json", CELLS_FILE, SUMS_FILE)
+OF_RESULT = ("schema", "moments", "names", "estimates", "history")
 N = 240
 DAY = pd.Timestamp("2024-02-27")
 
@@ -297,7 +300,7 @@ def test_many_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(records, "ROW_GROUP", 512)
     found = fitted("one bar")
     found.save(tmp_path / "a")
-    assert pq.ParquetFile(tmp_path / "a" / "cells.parquet").num_row_groups > 3
+    assert pq.ParquetFile(tmp_path / "a" / CELLS_FILE).num_row_groups > 3
     loaded = dmixed.MixedLMResults.load(tmp_path / "a")
     assert_same(found.ranef(), loaded.ranef(), "ranef")
 
@@ -316,13 +319,20 @@ def test_moments_that_were_loaded_add(tmp_path: Path) -> None:
 
 def test_the_format(stored: Path) -> None:
     """What other programs rely on: change it, and the schema's number changes."""
-    record = json.loads((stored / "result.json").read_text())
+    result = json.loads((stored / "result.json").read_text())
+    record = json.loads((stored / "manifest.json").read_text())
+    assert list(result) == [*OF_RESULT, "sha256"]
     assert list(record) == [
-        *("schema", "versions", "formula", "words", "inputs", "text_columns", "weights", "offset"),
-        *("missing", "dropped", "names", "estimates", "history", "frame", "levels", "columns"),
-        *("random", "log_weights", "key_types", "files", "sha256"),
+        *("schema", "versions", "machine", "formula", "words", "inputs", "text_columns", "weights"),
+        *("offset", "missing", "references", "dropped", "frame", "levels", "columns", "random"),
+        *("log_weights", "recoding", "nobs", "source", "shards", "sums", "files", "sha256"),
     ]
-    assert record["schema"] == "dmixed-stored-result/1"
+    assert result["schema"] == "dmixed-stored-result/2"
+    assert record["schema"] == "dmixed-moments/1"
+    assert result["moments"] == record["sha256"]
+    assert record["shards"] == [
+        {"name": CELLS_FILE, "nobs": N - 2, "key_types": ["large_string", "int64", "int64"]}
+    ]
     assert record["words"] == {
         "groups": ["town", "h"], "re_formula": "1", "vc_formula": [["s", "0 + C(s)"]]
     }  # fmt: skip
@@ -331,24 +341,26 @@ def test_the_format(stored: Path) -> None:
         {"cell": [], "powers": [["x", 1]]},
     ]
     assert record["levels"] == {"f": {"levels": ["b", "a", "c"], "categories": None}}
-    assert list(record["estimates"]) == [
+    assert list(result["estimates"]) == [
         *("reml", "value", "beta", "cov_beta", "working_beta", "sigma2", "root", "theta"),
         *("variances", "summary", "beta_slope", "free_beta", "free_pairs", "shrunk", "penalised"),
     ]
-    assert list(record["estimates"]["variances"]) == [
+    assert list(result["estimates"]["variances"]) == [
         *("Psi", "root", "zero", "cov_ratio", "cov_user"),
     ]
-    assert list(record["estimates"]["summary"]) == [
+    assert list(result["estimates"]["summary"]) == [
         *("method", "converged", "reason", "evaluations", "path", "certificate", "checks"),
     ]
-    cells = pq.read_table(stored / "cells.parquet")
+    cells = pq.read_table(stored / CELLS_FILE)
     assert cells.column_names == ["town", "h", "s", "rows", "WtF"]
     assert cells.schema.types[:3] == [pa.large_string(), pa.int64(), pa.int64()]
     assert sum(cells["rows"].to_pylist()) == N - 2
-    columns = pq.read_table(stored / "columns.parquet")
+    columns = pq.read_table(stored / SUMS_FILE)
     assert columns.column_names == ["FtF", "plain"]
     assert len(columns) == len(record["columns"])
+    assert list(record["files"]) == [CELLS_FILE, SUMS_FILE]
     for name, known in record["files"].items():
+        assert (stored / name).stat().st_size == known["size"]
         assert hashlib.sha256((stored / name).read_bytes()).hexdigest() == known["sha256"]
 
 
@@ -420,7 +432,7 @@ def test_a_failed_write_leaves_nothing(
     path = tmp_path / "new" / "a"
     if exists:
         path.mkdir(parents=True)
-    monkeypatch.setattr(storage, "write_record", full_disk)
+    monkeypatch.setattr(Folder, "put", full_disk)
     with pytest.raises(OSError, match="No space"):
         fitted("one bar").save(path)
     assert os.listdir(tmp_path / "new") == (["a"] if exists else [])
@@ -469,7 +481,7 @@ def test_a_flipped_bit(stored: Path, file: str) -> None:
         bad[at] ^= 1 << rng.randrange(8)
         (stored / file).write_bytes(bad)
         loaded, message = loads(stored)
-        assert str(stored / file) in message or file == "result.json"
+        assert str(stored / file) in message or file.endswith(".json")
         if loaded is not None:  # a bit between the values of JSON
             assert loaded.to_dict() == weighted_components().to_dict()
 
@@ -486,10 +498,10 @@ def test_no_directory(tmp_path: Path) -> None:
 
 def test_another_schema(stored: Path, tmp_path: Path) -> None:
     text = (stored / "result.json").read_text()
-    (stored / "result.json").write_text(text.replace("stored-result/1", "stored-result/2"))
-    refused(stored, "result.json", "'dmixed-stored-result/2'", "'dmixed-stored-result/1'")
+    (stored / "result.json").write_text(text.replace("stored-result/2", "stored-result/3"))
+    refused(stored, "result.json", "'dmixed-stored-result/3'", "'dmixed-stored-result/2'")
     cli.write_result(fitted("one bar"), tmp_path / "cli")
-    refused(tmp_path / "cli", "result.json", "'dmixed-result/1'", "'dmixed-stored-result/1'")
+    refused(tmp_path / "cli", "result.json", "'dmixed-result/1'", "'dmixed-stored-result/2'")
 
 
 @pytest.mark.parametrize(
@@ -501,16 +513,20 @@ def test_what_is_no_manifest(stored: Path, text: str) -> None:
     refused(stored, "result.json")
 
 
-def sign(path: Path, record: dict[str, Any]) -> None:
-    """Write a manifest with a checksum that is right."""
+def sign(path: Path, file: str, record: dict[str, Any]) -> None:
+    """Write a file of JSON with a checksum that is right, also where others name it."""
     record.pop("sha256", None)
     checksum = records._checksum(record)
-    (path / "result.json").write_text(json.dumps({**record, "sha256": checksum}))
+    (path / file).write_text(json.dumps({**record, "sha256": checksum}))
+    if file == "manifest.json":
+        result = json.loads((path / "result.json").read_text())
+        sign(path, "result.json", {**result, "moments": checksum})
 
 
 def forge(path: Path, *where: Any, value: Any) -> None:
-    """Change a value of a manifest, by the names that lead there."""
-    record = json.loads((path / "result.json").read_text())
+    """Change a value of a manifest, or of the result, by the names that lead there."""
+    file = "result.json" if where[0] in OF_RESULT else "manifest.json"
+    record = json.loads((path / file).read_text())
     place = record
     for name in where[:-1]:
         place = place[name]
@@ -518,7 +534,7 @@ def forge(path: Path, *where: Any, value: Any) -> None:
         del place[where[-1]]
     else:
         place[where[-1]] = value
-    sign(path, record)
+    sign(path, file, record)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +545,7 @@ def forge(path: Path, *where: Any, value: Any) -> None:
         ("formula", "y ~ z * f", "no column 'z'"),
         ("formula", "y ~ __import__('os').system('false') * f", "formula"),
         ("formula", 3, "formula: must be text, not 3"),
-        ("formula", KeyError, "must be an object of schema, versions, formula"),
+        ("formula", KeyError, "must be an object of schema, versions, machine, formula"),
         ("words", None, "has no random effect"),
         ("words groups", ["town"], "inputs"),
         ("words vc_formula", [], "inputs"),
@@ -559,13 +575,23 @@ def forge(path: Path, *where: Any, value: Any) -> None:
         ("random", [1], "columns"),
         ("random", [10**30], "columns"),
         ("log_weights", None, "log_weights"),
-        ("key_types", ["large_string", "int64"], "key_types"),
-        ("key_types 1", "extension<arrow.py_extension_type>", "key_types"),
-        ("key_types 1", "timestamp[s, tz=Nowhere/Land]", "key_types"),
-        ("key_types 1", "large_string", "cells.parquet"),
+        ("shards 0 key_types", ["large_string", "int64"], "key_types"),
+        ("shards 0 key_types 1", "extension<arrow.py_extension_type>", "key_types"),
+        ("shards 0 key_types 1", "timestamp[s, tz=Nowhere/Land]", "key_types"),
+        ("shards 0 key_types 1", "large_string", CELLS_FILE),
         ("files", {}, "files"),
-        ("files ../x", {"rows": 1, "sha256": "0"}, "files"),
-        ("files cells.parquet rows", 5, "cells.parquet"),
+        ("files ../x", {"rows": 1, "size": 1, "sha256": "0"}, "files"),
+        ("files cells-00000.parquet rows", 5, CELLS_FILE),
+        ("files cells-00000.parquet rows", -1, "files"),
+        ("files cells-00000.parquet size", 5, CELLS_FILE),
+        ("shards", [], "files"),
+        ("shards 0 name", "../cells-00000.parquet", "files"),
+        ("shards 0 nobs", 5, "nobs"),
+        ("nobs", 5, "nobs"),
+        ("sums", "cells-00000.parquet", "files"),
+        ("references", True, CELLS_FILE),
+        ("source", {"kind": 1}, "source: must be an object of kind, rows_wanted"),
+        ("moments", "0", "is of other moments"),
         ("estimates beta", [1.0], "estimates: beta: must be numbers (6,)"),
         ("estimates beta 0", None, "estimates: beta: must hold finite numbers"),
         ("estimates beta 0", 1e9, "working coordinates"),
@@ -590,7 +616,7 @@ def forge(path: Path, *where: Any, value: Any) -> None:
 def test_a_forged_manifest(stored: Path, where: str, value: Any, message: str) -> None:
     names = [int(x) if x.isdigit() else x for x in where.split()]
     forge(stored, *names, value=value)
-    refused(stored, "cells.parquet" if "cells" in message else "", message)
+    refused(stored, CELLS_FILE if "cells" in message else "", message)
 
 
 def leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -603,14 +629,14 @@ def leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 def test_any_forged_value_is_an_error_of_the_data(stored: Path) -> None:
     """Whatever stands anywhere in a manifest: it loads, or a DataError says why not."""
-    record = json.loads((stored / "result.json").read_text())
-    everywhere = [x for x in leaves(record) if x and x != ("sha256",)]
+    texts = {file: (stored / file).read_text() for file in ("result.json", "manifest.json")}
+    everywhere = [x for t in texts.values() for x in leaves(json.loads(t)) if x]
+    everywhere = [x for x in everywhere if x != ("sha256",)]
     rng = random.Random(11)
     for where in rng.sample(everywhere, 80):
-        text = json.dumps(record)
         for value in (None, -1, 0.5, True, "x", [], {}, [[1]], 10**400, KeyError):
-            copy = json.loads(text)
-            sign(stored, copy)
+            for file, text in texts.items():
+                (stored / file).write_text(text)
             forge(stored, *where, value=value)
             with np.errstate(all="ignore"):
                 loaded, message = loads(stored)
@@ -621,7 +647,8 @@ def replaced(path: Path, file: str, table: pa.Table) -> None:
     """Replace a table, with a checksum that is right."""
     pq.write_table(table, path / file)
     known = hashlib.sha256((path / file).read_bytes()).hexdigest()
-    forge(path, "files", file, value={"rows": len(table), "sha256": known})
+    size = (path / file).stat().st_size
+    forge(path, "files", file, value={"rows": len(table), "size": size, "sha256": known})
 
 
 def column(table: pa.Table, name: str, values: Any) -> pa.Table:
@@ -648,23 +675,23 @@ CELLS: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 @pytest.mark.parametrize("name", CELLS)
 def test_forged_cells(stored: Path, name: str) -> None:
-    table = pq.read_table(stored / "cells.parquet")
+    table = pq.read_table(stored / CELLS_FILE)
     assert table["WtF"].type.list_size == 9
-    replaced(stored, "cells.parquet", CELLS[name](table))
-    refused(stored, "cells.parquet")
+    replaced(stored, CELLS_FILE, CELLS[name](table))
+    refused(stored, CELLS_FILE)
 
 
 def test_forged_sums(stored: Path) -> None:
-    table = pq.read_table(stored / "columns.parquet")
+    table = pq.read_table(stored / SUMS_FILE)
     k = len(table)
     lists = pa.list_(pa.float64(), k)
     for bad in (table[:-1], table.drop_columns(["plain"]), table.rename_columns(["plain", "FtF"])):
-        replaced(stored, "columns.parquet", bad)
-        refused(stored, "columns.parquet")
+        replaced(stored, SUMS_FILE, bad)
+        refused(stored, SUMS_FILE)
     for number in (np.nan, 0.0, -1.0, 1e300):
         replaced(
             stored,
-            "columns.parquet",
+            SUMS_FILE,
             pa.table({x: pa.array([[number] * k] * k, lists) for x in ("FtF", "plain")}),
         )
         with np.errstate(all="ignore"):
@@ -674,10 +701,10 @@ def test_forged_sums(stored: Path) -> None:
 def test_files_of_another_result(stored: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     lmer("y ~ x + (1 | g)").save(other)
-    shutil.copy(other / "cells.parquet", stored / "cells.parquet")
-    refused(stored, "cells.parquet", "checksum")
-    replaced(stored, "cells.parquet", pq.read_table(other / "cells.parquet"))
-    refused(stored, "cells.parquet", "columns")
+    shutil.copy(other / CELLS_FILE, stored / CELLS_FILE)
+    refused(stored, CELLS_FILE, "checksum")
+    replaced(stored, CELLS_FILE, pq.read_table(other / CELLS_FILE))
+    refused(stored, CELLS_FILE, "columns")
 
 
 def test_no_pickle(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,230 @@
+"""A directory on any storage that fsspec knows, whose files appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from uuid import uuid4
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from dmixed.errors import DataError
+from dmixed.sources.files import redact
+
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
+"""Protocols of storages without directories: to make one would make a bucket."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory; small when pickled.
+
+    Attributes
+    ----------
+    name
+        as messages show it, without credentials
+    location
+        absolute path or URI
+    options
+        fsspec's storage options, for a URI
+    """
+
+    name: str
+    location: str = field(repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def at(cls, place: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Folder:
+        """The directory at a path or URI, which need not be there yet."""
+        text = os.fspath(place)
+        if "://" in text:
+            return cls(redact(text).rstrip("/"), text, dict(options or {}))
+        return cls(text, os.path.abspath(os.path.expanduser(text)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Folder, (self.name, self.location, dict(self.options))
+
+    def file(self, name: str) -> str:
+        """A file in it, as messages show it."""
+        return os.path.join(self.name, name)
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """Contents of a file.
+
+        Raises
+        ------
+        DataError
+            naming the file, which cannot be read, or has more than ``limit`` bytes
+        """
+        try:
+            with _plain_errors(self.options):
+                found = self._content(name, limit)
+        except OSError as error:
+            why = error.strerror or error
+            raise DataError(f"{self.file(name)}: cannot be read: {why}") from None
+        if found is None:
+            raise DataError(f"{self.file(name)}: has more than {limit:,} bytes")
+        return found
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None if it is not there.
+
+        Raises
+        ------
+        OSError
+            the storage does not say
+        """
+        with _plain_errors(self.options):
+            fs, path = self._fs, self._path(name)
+            fs.invalidate_cache()  # fsspec would answer with what it listed earlier
+            try:
+                return int(fs.info(path)["size"])
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def put(self, name: str, content: Any, durable: bool = True) -> None:
+        """Write a file, in place of one that is there.
+
+        On a local disk it is written beside and renamed, elsewhere it is one put; readers see the
+        old file or the new one.
+
+        Parameters
+        ----------
+        content
+            bytes, or a buffer of them
+        durable
+            return when a local disk has it, so that it outlives a loss of power
+
+        Raises
+        ------
+        OSError
+            it cannot be written; nothing is left behind
+        """
+        if not self._local:
+            with _plain_errors(self.options):
+                if not BUCKETS & set(_protocols(self._fs)):
+                    self._fs.makedirs(self._root, exist_ok=True)
+                self._fs.pipe_file(self._path(name), bytes(content))
+            return
+        os.makedirs(self._root, exist_ok=True)
+        beside = self._path(f".{uuid4().hex}.dmixed")
+        try:
+            with open(beside, "wb") as stream:
+                stream.write(content)
+                if durable:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            os.replace(beside, self._path(name))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there.
+
+        Raises
+        ------
+        OSError
+            it cannot be removed
+        """
+        with _plain_errors(self.options), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        with _plain_errors(self.options):
+            fs, root = url_to_fs(self.location, **self.options)
+        return fs, str(root).rstrip("/") or "/"
+
+    @property
+    def _fs(self) -> Any:
+        return self._place[0]
+
+    @property
+    def _root(self) -> str:
+        return self._place[1]
+
+    @property
+    def _local(self) -> bool:
+        return isinstance(self._fs, LocalFileSystem)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _content(self, name: str, limit: int | None) -> bytes | None:
+        path = self._path(name)
+        if self._local:
+            with open(path, "rb") as stream:
+                if limit is not None and os.fstat(stream.fileno()).st_size > limit:
+                    return None
+                return stream.read()
+        if limit is not None:
+            self._fs.invalidate_cache()
+            if self._fs.info(path)["size"] > limit:
+                return None
+        return bytes(self._fs.cat_file(path))
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+@contextlib.contextmanager
+def _plain_errors(options: Mapping[str, Any]) -> Iterator[None]:
+    """Errors of storages, each of which has its own, as OSError without credentials."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror is not None and not options:
+            raise
+        raise OSError(redact(f"{type(error).__name__}: {error}", options)) from None
+
+
+# --------------------------------------------------------------------------- workers
+
+
+def check_workers(folder: Folder, client: Any) -> None:
+    """Refuse a directory that the workers of a cluster do not share with this process.
+
+    Raises
+    ------
+    DataError
+        naming the directory and a worker
+    OSError
+        the directory cannot be written here
+    """
+    token = uuid4().hex
+    name = f".{token}.dmixed"
+    folder.put(name, token.encode())
+    try:
+        answers: dict[str, str | None] = client.run(_shared, folder, name, token)
+    finally:
+        folder.remove(name)
+    for worker, why in answers.items():
+        if why is not None:
+            raise DataError(
+                f"{folder.name}: the worker {worker} of the cluster cannot use it: {why}; give a "
+                "directory on storage that all machines share"
+            )
+
+
+def _shared(folder: Folder, name: str, token: str) -> str | None:
+    """What a worker calls: None if it sees the file and can write beside it, else why not."""
+    own = f".{uuid4().hex}.dmixed"
+    try:
+        if folder.size(name) is None or folder.read(name) != token.encode():
+            return f"the directory is another one on {platform.node()}"
+        folder.put(own, b"")
+        folder.remove(own)
+    except Exception as error:  # whatever a storage raises, or that it is not installed there
+        return str(error)
+    return None
