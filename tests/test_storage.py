@@ -349,7 +349,16 @@ def test_the_format(stored: Path) -> None:
         *("Psi", "root", "zero", "cov_ratio", "cov_user"),
     ]
     assert list(result["estimates"]["summary"]) == [
-        *("method", "converged", "reason", "evaluations", "path", "certificate", "checks"),
+        *(
+            "method",
+            "converged",
+            "reason",
+            "evaluations",
+            "path",
+            "certificate",
+            "checks",
+            "sampled",
+        ),
     ]
     cells = pq.read_table(stored / CELLS_FILE)
     assert cells.column_names == ["town", "h", "s", "rows", "WtF"]
