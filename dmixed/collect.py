@@ -197,9 +197,16 @@ class _State:
         return found if used.all() else found.take(np.flatnonzero(used))
 
 
-def split(moments: Moments, shards: int) -> list[Moments]:
-    """Shards by a stable hash of the labels (a power of two of them); the first has the totals."""
-    shard = (label_hashes(moments.labels) >> np.uint64(65 - shards.bit_length())).astype(np.uint16)
+def split(moments: Moments, shards: int, of: int = 1) -> list[Moments]:
+    """Shards by a stable hash of the labels (a power of two of them); the first has the totals.
+
+    Parameters
+    ----------
+    of
+        the moments are one of so many shards themselves (a power of two)
+    """
+    own = label_hashes(moments.labels) << np.uint64(of.bit_length() - 1)  # the bits not used yet
+    shard = (own >> np.uint64(65 - shards.bit_length())).astype(np.uint16)
     order = np.argsort(shard, kind="stable")
     ends = np.cumsum(np.bincount(shard, minlength=shards))
     whole = [moments.take(own) for own in np.split(order, ends[:-1])]

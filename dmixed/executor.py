@@ -145,11 +145,25 @@ def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
     if plan.shards == 1:
         return [_tree(tasks)]
     states = [_tree(tasks[i : i + plan.bunch]) for i in range(0, len(tasks), plan.bunch)]
-    divided = [
-        delayed(split, pure=False)(state, plan.shards, dask_key_name=unique_key("dmixed-split"))
-        for state in states
-    ]
-    return [_tree([_piece(state, s) for state in divided]) for s in range(plan.shards)]
+    pieces = [_divided(state, plan.coarse) for state in states]
+    if plan.coarse == plan.shards:
+        return [_tree(list(column)) for column in zip(*pieces, strict=True)]
+    # Too many states times shards: in two stages, as a radix exchange. Runs of states are added
+    # coarse shard by coarse shard, which are no larger than a state, and those are divided again.
+    fine = plan.shards // plan.coarse
+    runs = [pieces[i : i + plan.coarse] for i in range(0, len(pieces), plan.coarse)]
+    found = []
+    for c in range(plan.coarse):
+        added = [_tree([state[c] for state in run]) for run in runs]
+        again = [_divided(state, fine, plan.coarse) for state in added]
+        found += [_tree(list(column)) for column in zip(*again, strict=True)]
+    return found
+
+
+def _divided(state: Delayed, shards: int, of: int = 1) -> list[Delayed]:
+    """The shards of a state, of which it is one of so many itself."""
+    whole = delayed(split, pure=False)(state, shards, of, dask_key_name=unique_key("dmixed-split"))
+    return [_piece(whole, shard) for shard in range(shards)]
 
 
 def plan_pass(

@@ -81,6 +81,8 @@ class Layout:
         parts that each task reads
     bunch
         states that are added before they are divided
+    coarse
+        shards that states are divided into first; all of them, unless there are too many
     shards
         a power of two
     expected
@@ -89,11 +91,13 @@ class Layout:
 
     runs: tuple[range, ...]
     bunch: int
+    coarse: int
     shards: int
     expected: int
 
     def __post_init__(self) -> None:
-        assert self.shards & (self.shards - 1) == 0
+        assert self.shards & (self.shards - 1) == self.coarse & (self.coarse - 1) == 0
+        assert self.coarse <= self.shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +225,13 @@ def layout(
     ends = [round(n * (i + 1) / tasks) for i in range(tasks)]
     runs = tuple(range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True))
     expected = math.ceil(keys.met(rows / tasks, rows)) if rows else 0
-    return Layout(runs, max(1, math.ceil(tasks * shards / PIECES)), shards, expected)
+    # adding states before they are divided saves pieces, while their sum is no larger than a state
+    most = STATE // max(expected * size, 1) if rows else tasks
+    bunch = max(1, min(math.ceil(tasks * shards / PIECES), most))
+    coarse = shards
+    if math.ceil(tasks / bunch) * shards > PIECES:
+        coarse = 1 << shards.bit_length() // 2
+    return Layout(runs, bunch, coarse, shards, expected)
 
 
 def divisible(spec: DesignSpec) -> bool:

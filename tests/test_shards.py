@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ import dmixed
 from dmixed import keys, onelevel, planning
 from dmixed.collect import join, split
 from dmixed.evaluation import Evaluator
+from dmixed.executor import plan_pass
 from dmixed.fitting import fit
 from dmixed.onelevel import OneLevel, merged
 from dmixed.preparation import prepare
@@ -52,6 +54,17 @@ def test_split_and_joined(formula, shards):
     assert a.value == pytest.approx(b.value, abs=1e-8)
     assert np.allclose(a.theta, b.theta, rtol=1e-8, atol=1e-10)
     assert np.allclose(a.beta, b.beta, rtol=1e-10)
+
+
+def test_shards_of_shards_are_the_shards():
+    whole = moments(FORMULAS[1], table())
+    once = split(whole, 32)
+    twice = [fine for coarse in split(whole, 8) for fine in split(coarse, 4, 8)]
+    for a, b in zip(once, twice, strict=True):
+        assert a.labels.arrays[0].to_pylist() == b.labels.arrays[0].to_pylist()
+        assert np.array_equal(a.group.WtF, b.group.WtF)
+        assert np.array_equal(a.group.FtF, b.group.FtF)
+        assert a.dropped == b.dropped
 
 
 def test_random_effects_of_shards():
@@ -180,6 +193,39 @@ def test_tasks_keep_their_states_small(rows, groups, clustered):
     assert tasks >= planning.FEW_TASKS
     shards = planning._shards(keys_.groups * size)
     assert shards == 1 or keys_.groups * size / shards <= planning.SHARD
+
+
+def test_an_exchange_in_two_stages(tmp_path, monkeypatch):
+    data = table()
+    for i, part in enumerate(np.array_split(np.arange(len(data)), 12)):
+        data.iloc[part].to_parquet(tmp_path / f"part-{i}.parquet")
+    frame = dd.read_parquet(tmp_path)
+    monkeypatch.setattr(planning, "WHOLE", 0)
+    monkeypatch.setattr(planning, "SHARDS", 32)
+    one = moments(FORMULAS[1], frame)
+    monkeypatch.setattr(planning, "PIECES", 50)
+    monkeypatch.setattr(planning, "STATE", 2**10)
+    model = dmixed.MixedLM._of(
+        dmixed.model.parse(FORMULAS[1], ()), frame, None, None, "drop", None, None, {}
+    )
+    layout = plan_pass(model.spec, model.source, model.spec and model._pilot)[1].layout
+    assert (layout.coarse, layout.shards) == (8, 32)
+    two = model.moments
+    assert one.sizes == two.sizes
+    place = keys.lookup(one.labels, two.labels)
+    assert np.allclose(one.group.WtF[place], two.group.WtF, rtol=1e-12, atol=1e-12)
+    assert np.allclose(one.group.FtF, two.group.FtF, rtol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [10**4, 10**7, 10**9])
+def test_pieces_do_not_explode(groups):
+    """Tasks that take a shard of a state, of 1e10 rows: what Dask's scheduler has to do."""
+    found = planning.Keys(float(groups), False, 0.0)
+    size = 144
+    tasks, shards = planning._tasks(10**10, found, size), planning._shards(groups * size)
+    states = found.met(10**10 / tasks, 10**10) * size
+    assert states <= planning.STATE
+    assert tasks * shards**0.5 < 200_000
 
 
 def test_moments_of_a_task_keep_no_cell_without_rows():
