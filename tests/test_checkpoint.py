@@ -528,29 +528,37 @@ def test_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     try:
         fs = fsspec.filesystem("s3", **options)
-        fs.mkdir("lake")
-        with fs.open("lake/rows/a.parquet", "wb") as file:
+        fs.mkdir("checkpoints")
+        with fs.open("checkpoints/rows/a.parquet", "wb") as file:
             table().to_parquet(file)
-        given: dict[str, Any] = {"storage_options": options, "checkpoint": "s3://lake/kept/here"}
-        first = dmixed.lmer(FORMULA, "s3://lake/rows", **given)
-        names = {path.rpartition("/")[2] for path in fs.find("lake/kept/here", refresh=True)}
+        given: dict[str, Any] = {
+            "storage_options": options,
+            "checkpoint": "s3://checkpoints/kept/here",
+        }
+        first = dmixed.lmer(FORMULA, "s3://checkpoints/rows", **given)
+        names = {path.rpartition("/")[2] for path in fs.find("checkpoints/kept/here", refresh=True)}
         assert names == {"cells-00000.parquet", "columns.parquet", MANIFEST, "progress.json"}
         told: list[str] = []
         again = dmixed.lmer(
-            FORMULA, "s3://lake/rows", progress=lambda e: told.append(e.message), **given
+            FORMULA, "s3://checkpoints/rows", progress=lambda e: told.append(e.message), **given
         )
         assert_same_fit(again, first)
-        assert told[1].startswith("resumed from s3://lake/kept/here")
-        assert "wJalrXUtnFEMI" not in fs.cat_file(f"lake/kept/here/{MANIFEST}").decode()
-        fs.pipe_file("lake/kept/here/columns.parquet", b"PAR1")
-        place = "s3://lake/kept/here"
-        refused(place, "s3://lake/rows", "columns.parquet: is damaged", storage_options=options)
-        with fs.open("lake/rows/a.parquet", "wb") as file:
+        assert told[1].startswith("resumed from s3://checkpoints/kept/here")
+        assert "wJalrXUtnFEMI" not in fs.cat_file(f"checkpoints/kept/here/{MANIFEST}").decode()
+        fs.pipe_file("checkpoints/kept/here/columns.parquet", b"PAR1")
+        place = "s3://checkpoints/kept/here"
+        refused(
+            place, "s3://checkpoints/rows", "columns.parquet: is damaged", storage_options=options
+        )
+        with fs.open("checkpoints/rows/a.parquet", "wb") as file:
             table(seed=3).to_parquet(file)
-        refused(place, "s3://lake/rows", "a.parquet changed", storage_options=options)
+        refused(place, "s3://checkpoints/rows", "a.parquet changed", storage_options=options)
         with pytest.raises(DataError) as error:
             dmixed.lmer(
-                FORMULA, "s3://lake/rows", storage_options=options, checkpoint="s3://nowhere/x"
+                FORMULA,
+                "s3://checkpoints/rows",
+                storage_options=options,
+                checkpoint="s3://nowhere/x",
             )
         assert "checkpoint s3://nowhere/x: cannot be written" in str(error.value)
         assert "wJalrXUtnFEMI" not in str(error.value)
