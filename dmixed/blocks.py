@@ -81,7 +81,7 @@ class Recoding:
     S: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        assert self.columns[0] == CONSTANT
+        assert self.columns[:1] == (CONSTANT,)
         assert len(self.S) == len(self.columns)
         assert all(len(row) == len(self.columns) for row in self.S)
         assert self.S[0][0] == 1.0
