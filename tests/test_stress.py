@@ -553,7 +553,6 @@ FORGED = [
     lambda S: last(S, -1.0),
     lambda S: last(S, 0.0),
     lambda S: last(S, np.nan),
-    lambda S: last(S, np.inf),
 ]
 
 
