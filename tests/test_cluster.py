@@ -134,6 +134,7 @@ def test_what_cannot_be_evaluated_on_workers(cluster):
 
 
 def by_group(frame):
+    frame = frame.assign(g=frame["g"].astype(object))  # text of Dask's frames, or of pandas'
     return frame.set_index("g").sort_index()
 
 
