@@ -112,10 +112,10 @@ def check_workers(client: Any, probe: Callable[[], str | None]) -> None:
         )
         raise DmixedError(f"here is dmixed {own}, but {what}: install the same on all workers")
     answers = client.run(probe, on_error="return")
-    for address, reason in answers.items():
-        if reason is not None:
-            places = _named([a for a, r in answers.items() if r is not None])
-            raise DmixedError(f"{places} no access to the data: {reason} (at {address})")
+    # a worker that is lost while it is asked raises OSError here; that costs the fit nothing
+    refused = {a: r for a, r in answers.items() if r is not None and not isinstance(r, OSError)}
+    for address, reason in refused.items():
+        raise DmixedError(f"{_named(list(refused))} no access to the data: {reason} (at {address})")
 
 
 def _named(places: Sequence[str]) -> str:

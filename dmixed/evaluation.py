@@ -18,7 +18,7 @@ from dmixed.collect import Moments, Summary
 from dmixed.covariance import Blocks
 from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather, in_threads, one_blas_thread, unique_key
-from dmixed.errors import NotSupportedError
+from dmixed.errors import DmixedError, NotSupportedError
 from dmixed.factors import Coordinates, Factors, Shard, Within, one_level
 from dmixed.keys import Labels
 from dmixed.likelihood import profile_terms
@@ -130,7 +130,18 @@ class RemoteMoments:
         return found
 
     def each(self, function: Callable[..., Any], *others: Sequence[Any], **options: Any) -> Any:
-        """Futures of ``function(moments, *other, **options)`` of every shard."""
+        """Futures of ``function(moments, *other, **options)`` of every shard.
+
+        Raises
+        ------
+        DmixedError
+            the client is closed, and the moments are gone with it
+        """
+        if self.client.status != "running":
+            raise DmixedError(
+                "the groups of this fit were on the workers of a cluster whose client is closed: "
+                'keep it open, or fit again with checkpoint= or evaluate_on="driver"'
+            )
         made = self.client.map(
             function, self.futures, *others, pure=False, retries=RETRIES, **options
         )
@@ -204,7 +215,8 @@ def _by_thread(client: Any, futures: Sequence[Any]) -> list[list[int]]:
         place.setdefault(next(iter(holders.get(future.key, ())), ""), []).append(i)
     runs = []
     for worker, own in place.items():
-        n = max(1, min(threads.get(worker, 1), len(own)))
+        # shards that were lost are made again wherever there is room, not all in one place
+        n = len(own) if worker not in threads else max(1, min(threads[worker], len(own)))
         runs += [own[j::n] for j in range(n)]
     return runs
 

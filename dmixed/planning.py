@@ -186,7 +186,10 @@ def with_ranges(keys: Keys, ranges: Sequence[tuple[Any, Any]]) -> Keys:
         return keys
     whole = max(high for _, high in ranges) - min(low for low, _ in ranges) + 1
     apart = sum(high - low + 1 for low, high in ranges) <= OVERLAP * whole and len(ranges) > 1
-    return replace(keys, groups=min(keys.groups, float(whole)), clustered=keys.clustered or apart)
+    groups = keys.groups
+    if apart and not keys.clustered:  # the sample is of the first part
+        groups *= len(ranges)
+    return replace(keys, groups=min(groups, float(whole)), clustered=keys.clustered or apart)
 
 
 def group_bytes(spec: DesignSpec, pilot: pa.Table) -> int:

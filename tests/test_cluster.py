@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import dask.dataframe as dd
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dmixed
+from dmixed.dispatch import check_workers
+from dmixed.evaluation import _by_thread
 
 FORMULA = "y ~ x + f + (1 + x | g)"
 
@@ -121,6 +124,49 @@ def test_evaluated_on_the_workers(cluster, source, formula):
             there.ranef()
         with pytest.raises(dmixed.NotSupportedError, match="cannot be pickled"):
             pickle.dumps(there)
+
+
+@pytest.mark.timeout(120)
+def test_groups_are_gone_with_the_client(cluster, tmp_path):
+    with Client(cluster) as client:
+        result = dmixed.lmer(FORMULA, table(), client=client, evaluate_on="workers")
+    assert "598" in str(result.summary())
+    for use in (
+        lambda: result.ranef_table(),
+        lambda: result.ranef_table(out=str(tmp_path / "out")),
+        lambda: result.predict(table(), groups=True),
+    ):
+        with pytest.raises(dmixed.DmixedError, match="whose client is closed"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_shards_are_made_again_apart():
+    class Scheduler:
+        def who_has(self, futures):
+            return {"a": ("w1",), "b": ("w1",), "c": (), "d": ("w2",), "e": ()}
+
+        def nthreads(self):
+            return {"w1": 1, "w2": 4}
+
+    futures = [SimpleNamespace(key=key) for key in "abcde"]
+    assert sorted(_by_thread(Scheduler(), futures)) == [[0, 1], [2], [3], [4]]
+
+
+def test_a_worker_lost_while_it_is_asked_is_no_refusal():
+    class Scheduler:
+        def get_versions(self, packages):
+            return {"workers": {"w": {"packages": {"dmixed": dmixed.__version__}}}}
+
+        def run(self, probe, on_error):
+            return {"w": None, "lost": OSError("closed"), "blind": self.blind}
+
+    client = Scheduler()
+    client.blind = None
+    check_workers(client, lambda: None)
+    client.blind = "no such file"
+    with pytest.raises(dmixed.DmixedError, match=r"the worker blind has no access.*no such file"):
+        check_workers(client, lambda: None)
 
 
 @pytest.mark.timeout(120)

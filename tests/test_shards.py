@@ -177,6 +177,8 @@ def test_ranges_of_keys():
     assert (found.groups, found.clustered) == (1000, False)
     found = planning.with_ranges(shuffled, [(0, 999), (1000, 1999), (1999, 3000)])
     assert (found.groups, found.clustered) == (3001, True)
+    some = planning.Keys(900.0, False, 0.0)  # as many as the first of three parts has
+    assert planning.with_ranges(some, [(0, 999), (1000, 1999), (2000, 2999)]).groups == 2700
     assert planning.with_ranges(shuffled, []) == shuffled
     assert planning.with_ranges(shuffled, [("a", "b")]) == shuffled
     assert not planning.with_ranges(shuffled, [(0, 999)]).clustered
