@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmixed import keys
+from dmixed.accumulation import Accumulator
 from dmixed.design import Batch, Design, DesignSpec, FactorLevels, block, learn, merge_levels
 from dmixed.errors import DataError
 from dmixed.hashing import label_hashes
 from dmixed.index import LabelIndex
-from dmixed.moments import Accumulator, GroupMoments, Totals, combine
+from dmixed.moments import GroupMoments, Totals, combine
 from dmixed.sources import Part, stream
 
 CELLS = 2**17

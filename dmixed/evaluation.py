@@ -13,13 +13,14 @@ from operator import add
 from typing import Any
 from weakref import WeakSet
 
+from dmixed.bases import Coordinates
 from dmixed.blocks import Floats
 from dmixed.collect import Moments, Summary
 from dmixed.covariance import Blocks
 from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather, in_threads, one_blas_thread, unique_key
 from dmixed.errors import DmixedError, NotSupportedError
-from dmixed.factors import Coordinates, Factors, Shard, Within, one_level
+from dmixed.factors import Factors, Shard, Within, one_level
 from dmixed.keys import Labels
 from dmixed.likelihood import profile_terms
 from dmixed.nested import Bucket

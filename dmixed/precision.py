@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.linalg import solve_triangular
 
+from dmixed.accumulation import accumulate, carried_columns
 from dmixed.blocks import CONSTANT, RESPONSE, Column, DesignBlock, Floats, Recoding
 from dmixed.collect import Moments
 from dmixed.design import Batch, DesignSpec, block
@@ -23,7 +24,7 @@ from dmixed.dispatch import one_blas_thread
 from dmixed.errors import DmixedError
 from dmixed.factors import marginal_products
 from dmixed.fitting import fit
-from dmixed.moments import Totals, accumulate, carried_columns
+from dmixed.moments import Totals
 from dmixed.preparation import prepare
 from dmixed.whitening import places
 

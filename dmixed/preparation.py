@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmixed import keys
+from dmixed.bases import DependentColumns, coordinates
 from dmixed.blocks import CONSTANT
 from dmixed.collect import Moments
 from dmixed.design import BarDesign, Design, TermDesign
@@ -17,11 +18,9 @@ from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.errors import DataError, NotSupportedError
 from dmixed.evaluation import RemoteFactors, RemoteMoments, evaluated_here, remote_shards
 from dmixed.factors import (
-    DependentColumns,
     Problem,
     Shard,
     assembled,
-    coordinates,
     problem,
 )
 from dmixed.levels import Index, Term, TooManyLevels

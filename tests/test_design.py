@@ -18,6 +18,7 @@ import pytest
 from formulaic import Formula
 
 from dmixed import keys
+from dmixed.accumulation import accumulate, carried_columns
 from dmixed.blocks import CONSTANT, RESPONSE, Column
 from dmixed.design import (
     Batch,
@@ -31,7 +32,7 @@ from dmixed.design import (
 )
 from dmixed.errors import DataError, FormulaError, MissingDataError
 from dmixed.formula import ParsedFormula, parse
-from dmixed.moments import accumulate, carried_columns, combine
+from dmixed.moments import combine
 
 N = 240
 CUTS = ([0, N], [0, 60, 61, 61, 180, N], [*range(0, N, 16), N])
