@@ -18,10 +18,7 @@ import numpy as np
 
 from dmixed.bases import Coordinates, coordinates
 from dmixed.blocks import Floats
-from dmixed.coordinates import (
-    Basis,
-    Response,
-)
+from dmixed.coordinates import Basis, Response
 from dmixed.covariance import Blocks
 from dmixed.levels import Cells, Term, buckets, leaves_are_cells
 from dmixed.moments import GroupMoments, Totals
