@@ -35,9 +35,9 @@ GROUPS = 100
 def table(rows: int, partition: int) -> pd.DataFrame:
     """Rows of one partition; all of them have all groups."""
     rng = np.random.default_rng(partition)
-    b = np.random.default_rng(0).standard_normal(GROUPS)
+    b = np.random.default_rng(0).standard_normal((GROUPS, 2))
     g, x = rng.integers(0, GROUPS, rows), rng.standard_normal(rows)
-    y = 1 + x + b[g] * (1 + 0.5 * x) + rng.standard_normal(rows)
+    y = 1 + x + b[g, 0] + 0.5 * b[g, 1] * x + rng.standard_normal(rows)
     return pd.DataFrame({"y": y, "x": x, "g": g})
 
 
