@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from dmixed.collect import Moments
+from dmixed.collect import CellMoments
 from dmixed.errors import (
     ConvergenceWarning,
     DataError,
@@ -20,6 +20,7 @@ from dmixed.results import MixedLMResults
 __version__ = version("dmixed")
 
 __all__ = [
+    "CellMoments",
     "ConvergenceWarning",
     "DataError",
     "DmixedError",
@@ -29,7 +30,6 @@ __all__ = [
     "MixedLM",
     "MixedLMParams",
     "MixedLMResults",
-    "Moments",
     "NotSupportedError",
     "Plan",
     "VCSpec",

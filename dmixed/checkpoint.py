@@ -18,7 +18,7 @@ import numpy as np
 
 from dmixed import momentstore
 from dmixed.blocks import Floats
-from dmixed.collect import Moments
+from dmixed.collect import CellMoments
 from dmixed.design.columns import Context
 from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments
@@ -107,11 +107,11 @@ class Checkpoint:
     def moments(
         self,
         asked: Asked,
-        collect: Callable[[], Moments | RemoteMoments],
+        collect: Callable[[], CellMoments | RemoteMoments],
         report: Report,
         client: Any,
         where: str,
-    ) -> Moments | RemoteMoments:
+    ) -> CellMoments | RemoteMoments:
         """The moments that are there, or those that ``collect`` makes, which are written.
 
         Parameters
@@ -187,13 +187,13 @@ class Checkpoint:
 
     def _read(
         self, manifest: Manifest, client: Any, where: str, report: Report
-    ) -> Moments | RemoteMoments:
+    ) -> CellMoments | RemoteMoments:
         many = len(manifest.shards) > 1 and manifest.nbytes > DRIVER
         if where == "workers":
             check_remote(stored_spec(manifest, self.folder.file(MANIFEST)), client)
         self._moments = record_checksum(manifest)
         self._resumed = self._progress()
-        found: Moments | RemoteMoments
+        found: CellMoments | RemoteMoments
         if client is not None and (where == "workers" or (where == "auto" and many)):
             if where == "auto":
                 check_workers(self.folder, client)
@@ -220,7 +220,7 @@ class Checkpoint:
         return found if found.moments == self._moments else None
 
     def _write(
-        self, found: Moments | RemoteMoments, state: SourceState, where: str, report: Report
+        self, found: CellMoments | RemoteMoments, state: SourceState, where: str, report: Report
     ) -> None:
         before: set[str] = set()
         with self._written():

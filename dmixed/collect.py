@@ -28,7 +28,7 @@ SUMS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Moments:
+class CellMoments:
     """Everything a model needs of its rows: a design and the moments of its columns.
 
     Attributes
@@ -90,23 +90,23 @@ class Moments:
         parts = [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
         return [parts[0], *map(_without_totals, parts[1:])]
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: CellMoments) -> CellMoments:
         """Moments of both sets of rows; cells are aligned by label, columns by name."""
-        return merge([self, other]) if isinstance(other, Moments) else NotImplemented
+        return merge([self, other]) if isinstance(other, CellMoments) else NotImplemented
 
-    def take(self, cells: NDArray[np.intp]) -> Moments:
+    def take(self, cells: NDArray[np.intp]) -> CellMoments:
         """Some of the cells; the sums over all rows stay as they are."""
         labels, group = self.labels.take(cells), self.group.take(cells)
         return replace(self, labels=labels, group=group, sizes=())
 
-    def __radd__(self, other: int) -> Moments:
+    def __radd__(self, other: int) -> CellMoments:
         """``0 + moments``, with which ``sum`` begins."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Summary:
-    """What is known of all cells together, see `Moments`; kilobytes."""
+    """What is known of all cells together, see `CellMoments`; kilobytes."""
 
     spec: DesignSpec
     levels: Mapping[str, FactorLevels]
@@ -132,7 +132,7 @@ def parts_moments(
     value: Any = None,
     expected: int = 0,
     told: Callable[[int, int, int], None] | None = None,
-) -> Moments:
+) -> CellMoments:
     """Moments of some parts of a source, read one after the other into one state.
 
     Parameters
@@ -191,14 +191,14 @@ class _State:
             return parts[0]
         return combine(parts, [np.arange(part.n_groups) for part in parts], len(self.index))
 
-    def moments(self) -> Moments:
+    def moments(self) -> CellMoments:
         """What was added."""
-        found = Moments(self.spec, self.levels, self.index.labels, self._sum(), self.dropped)
+        found = CellMoments(self.spec, self.levels, self.index.labels, self._sum(), self.dropped)
         used = found.group.counts > 0  # not so where every row of a cell was dropped
         return found if used.all() else found.take(np.flatnonzero(used))
 
 
-def split(moments: Moments, shards: int, of: int = 1) -> list[Moments]:
+def split(moments: CellMoments, shards: int, of: int = 1) -> list[CellMoments]:
     """Shards by a stable hash of the labels (a power of two of them); the first has the totals.
 
     Parameters
@@ -222,7 +222,7 @@ def _without_totals(group: GroupMoments) -> GroupMoments:
     return replace(group, FtF=nothing, plain=plain, log_weights=0.0)
 
 
-def join(shards: Sequence[Moments]) -> Moments:
+def join(shards: Sequence[CellMoments]) -> CellMoments:
     """Shards side by side again: their cells are disjoint."""
     sizes = [len(shard.labels) for shard in shards]
     ends = np.cumsum(sizes).tolist()
@@ -231,7 +231,7 @@ def join(shards: Sequence[Moments]) -> Moments:
     group = combine([shard.group for shard in shards], cells, ends[-1])
     levels = _merged_levels([shard.levels for shard in shards])
     dropped = _added([shard.dropped for shard in shards])
-    return Moments(shards[0].spec, levels, labels, group, dropped, tuple(sizes))
+    return CellMoments(shards[0].spec, levels, labels, group, dropped, tuple(sizes))
 
 
 def _merged_levels(parts: Sequence[Mapping[str, FactorLevels]]) -> dict[str, FactorLevels]:
@@ -246,7 +246,7 @@ def _added(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def merge(parts: Sequence[Moments]) -> Moments:
+def merge(parts: Sequence[CellMoments]) -> CellMoments:
     """Sum of moments over disjoint sets of rows.
 
     Raises
@@ -270,4 +270,4 @@ def merge(parts: Sequence[Moments]) -> Moments:
     group = combine([part.group for part in parts], positions, len(labels))
     levels = _merged_levels([part.levels for part in parts])
     dropped = _added([part.dropped for part in parts])
-    return Moments(first.spec, levels, labels, group, dropped)
+    return CellMoments(first.spec, levels, labels, group, dropped)

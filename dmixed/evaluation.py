@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from dmixed.bases import Coordinates
 from dmixed.blocks import Floats
-from dmixed.collect import Moments, Summary
+from dmixed.collect import CellMoments, Summary
 from dmixed.covariance import Blocks
 from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather, in_threads, one_blas_thread, unique_key
@@ -96,7 +96,7 @@ class RemoteMoments:
     summary
         what is known of all cells together
     futures
-        of the `Moments` of each shard
+        of the `CellMoments` of each shard
     """
 
     summary: Summary
@@ -165,7 +165,7 @@ class RemoteMoments:
         )
 
 
-def _no_labels(moments: Moments) -> Labels:
+def _no_labels(moments: CellMoments) -> Labels:
     return moments.labels.first(0)
 
 
@@ -230,7 +230,7 @@ def remote_shards(moments: RemoteMoments, model: Coordinates) -> tuple[Any, list
 
 
 @one_blas_thread
-def _factored(moments: Moments, model: Coordinates) -> Shard:
+def _factored(moments: CellMoments, model: Coordinates) -> Shard:
     return one_level(moments.group, model)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from dask.delayed import Delayed, delayed
 
-from dmixed.collect import Moments, Summary, join, merge, parts_moments, split
+from dmixed.collect import CellMoments, Summary, join, merge, parts_moments, split
 from dmixed.design import DesignSpec
 from dmixed.dispatch import (
     RETRIES,
@@ -72,7 +72,7 @@ def collect(
     client: Any = None,
     report: Report | None = None,
     where: str = "auto",
-) -> Moments | RemoteMoments:
+) -> CellMoments | RemoteMoments:
     """One pass over the rows of a source.
 
     Parameters
@@ -136,7 +136,7 @@ def _summaries(client: Any, futures: Sequence[Any]) -> Summary:
     return reduce(add, found)
 
 
-def _summary(moments: Moments) -> Summary:
+def _summary(moments: CellMoments) -> Summary:
     return moments.summary
 
 
@@ -221,7 +221,7 @@ def _parts_moments(
     first: int,
     parts: Sequence[tuple[Part, int]],
     value: Any = None,
-) -> Moments:
+) -> CellMoments:
     told = None if topic is None else partial(_tell, topic, first)
     return parts_moments(spec, parts, value, expected, told)
 
@@ -326,5 +326,5 @@ def _tree(tasks: list[Delayed]) -> Delayed:
 
 
 @one_blas_thread
-def _merge_all(*parts: Moments) -> Moments:
+def _merge_all(*parts: CellMoments) -> CellMoments:
     return merge(parts)

@@ -58,7 +58,7 @@ class Manifest:
     text_columns, weights, offset, missing, references, frame
         see `DesignSpec`
     dropped, levels
-        see `Moments`
+        see `CellMoments`
     columns, random, log_weights, recoding
         see `GroupMoments`
     nobs

@@ -16,7 +16,7 @@ from dmixed.arrays import array_model, with_columns, with_groups
 from dmixed.blocks import Floats
 from dmixed.caller import joined
 from dmixed.checkpoint import Asked, Checkpoint, open_checkpoint
-from dmixed.collect import Moments
+from dmixed.collect import CellMoments
 from dmixed.design import DesignSpec, specify
 from dmixed.dispatch import find_client
 from dmixed.errors import DataError
@@ -248,7 +248,7 @@ class MixedLM(FitsOfModel):
         return sum(n for n in counts if n is not None) or None
 
     @cached_property
-    def moments(self) -> Moments | RemoteMoments:
+    def moments(self) -> CellMoments | RemoteMoments:
         """Moments of the rows: the one pass over the data.
 
         Only if the pilot rows were nothing like the rest (a mean 100 standard deviations away, or
@@ -263,7 +263,7 @@ class MixedLM(FitsOfModel):
         if "moments" not in vars(self):
             vars(self)["moments"] = self._moments(report)
 
-    def _moments(self, report: Report) -> Moments | RemoteMoments:
+    def _moments(self, report: Report) -> CellMoments | RemoteMoments:
         report.stage("plan")
         if self._checkpoint is None:
             return self._collected(report)
@@ -272,7 +272,7 @@ class MixedLM(FitsOfModel):
             asked, lambda: self._collected(report), report, self.client, self._evaluate_on
         )
 
-    def _collected(self, report: Report) -> Moments | RemoteMoments:
+    def _collected(self, report: Report) -> CellMoments | RemoteMoments:
         found = self._pass(self.spec, report)
         totals = found.summary.totals
         frame, references = better_frame(totals), needs_references(found.spec, totals)
@@ -287,7 +287,7 @@ class MixedLM(FitsOfModel):
         )
         return self._pass(better, report)
 
-    def _pass(self, spec: DesignSpec, report: Report) -> Moments | RemoteMoments:
+    def _pass(self, spec: DesignSpec, report: Report) -> CellMoments | RemoteMoments:
         report.plan(f"{self.formula}: {len(spec.columns)} columns of {self.source.kind} data")
         found = collect(spec, self.source, self._pilot, self.client, report, self._evaluate_on)
         report.passed(found.nobs + sum(found.dropped.values()), found.dropped)

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from dmixed import keys
 from dmixed.blocks import Floats
-from dmixed.collect import Moments, join
+from dmixed.collect import CellMoments, join
 from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather
 from dmixed.errors import DataError
@@ -51,7 +51,7 @@ from dmixed.references import References
 
 def write(
     folder: Folder,
-    moments: Moments | RemoteMoments,
+    moments: CellMoments | RemoteMoments,
     source: SourceState | None = None,
     token: str = "",
 ) -> Manifest:
@@ -113,7 +113,7 @@ def write(
 
 
 def _written_cells(
-    folder: Folder, moments: Moments | RemoteMoments, ending: str
+    folder: Folder, moments: CellMoments | RemoteMoments, ending: str
 ) -> list[tuple[str, ShardFile, TableFile]]:
     """Write the cells of every shard, here or on the workers."""
     if isinstance(moments, RemoteMoments):
@@ -140,7 +140,9 @@ def _written_cells(
     return found
 
 
-def _write_cells(moments: Moments, name: str, folder: Folder) -> tuple[str, ShardFile, TableFile]:
+def _write_cells(
+    moments: CellMoments, name: str, folder: Folder
+) -> tuple[str, ShardFile, TableFile]:
     """`_put_cells` as the task of a worker."""
     try:
         return _put_cells(moments, name, folder)
@@ -151,7 +153,7 @@ def _write_cells(moments: Moments, name: str, folder: Folder) -> tuple[str, Shar
         ) from None
 
 
-def _put_cells(moments: Moments, name: str, folder: Folder) -> tuple[str, ShardFile, TableFile]:
+def _put_cells(moments: CellMoments, name: str, folder: Folder) -> tuple[str, ShardFile, TableFile]:
     """Write the cells of a shard."""
     group, labels = moments.group, moments.labels
     own = {"rows": pa.array(group.counts), "WtF": lists(group.WtF)}
@@ -167,7 +169,7 @@ def _put_cells(moments: Moments, name: str, folder: Folder) -> tuple[str, ShardF
 # --------------------------------------------------------------------------- reading
 
 
-def read(folder: Folder, manifest: Manifest) -> Moments:
+def read(folder: Folder, manifest: Manifest) -> CellMoments:
     """Moments that `write` wrote, to the last bit.
 
     Raises
@@ -199,7 +201,7 @@ def read_remote(folder: Folder, manifest: Manifest, client: Any) -> RemoteMoment
     return RemoteMoments(reduce(add, summaries), tuple(futures), client)
 
 
-def _summary(moments: Moments) -> Any:
+def _summary(moments: CellMoments) -> Any:
     return moments.summary
 
 
@@ -239,7 +241,7 @@ class _Reader:
         # source and files of the rest stay here: tasks are to be small
         return cls(folder, replace(manifest, source=None), spec, FtF, plain[0] if plain else FtF)
 
-    def moments(self, number: int) -> Moments:
+    def moments(self, number: int) -> CellMoments:
         """Moments of a shard; the first has the sums over all rows."""
         manifest, spec, shard = self.manifest, self.spec, self.manifest.shards[number]
         file, k, q = self.folder.file(shard.name), len(manifest.columns), len(manifest.random)
@@ -270,7 +272,7 @@ class _Reader:
             reference=_checked(reference[0], manifest, file) if reference else None,
             recoding=manifest.recoding,
         )
-        return Moments(spec, manifest.levels, labels, group, manifest.dropped if first else {})
+        return CellMoments(spec, manifest.levels, labels, group, manifest.dropped if first else {})
 
 
 def _table(

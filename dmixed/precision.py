@@ -18,7 +18,7 @@ from scipy.linalg import solve_triangular
 
 from dmixed.accumulation import accumulate, carried_columns
 from dmixed.blocks import CONSTANT, RESPONSE, Column, DesignBlock, Floats, Recoding
-from dmixed.collect import Moments
+from dmixed.collect import CellMoments
 from dmixed.design import Batch, DesignSpec, block
 from dmixed.dispatch import one_blas_thread
 from dmixed.errors import DmixedError
@@ -148,7 +148,7 @@ def _best(spec: DesignSpec, sample: Batch, first: _Orthogonal, n: int) -> Design
     own = first.recoding
     assert sample.labels is not None
     made = replace(sample.block, references=True, recoding=own)
-    moments = Moments(
+    moments = CellMoments(
         replace(spec, recoding=own),
         *(sample.levels, sample.labels, accumulate(made), sample.dropped),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from dmixed import keys
 from dmixed.bases import DependentColumns, coordinates
 from dmixed.blocks import CONSTANT
-from dmixed.collect import Moments
+from dmixed.collect import CellMoments
 from dmixed.design import BarDesign, Design, TermDesign
 from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.errors import DataError, NotSupportedError
@@ -53,7 +53,7 @@ class Prepared:
         where the groups are on workers, futures of the `factors.Shard` of each
     """
 
-    moments: Moments | RemoteMoments
+    moments: CellMoments | RemoteMoments
     design: Design
     bars: tuple[BarDesign, ...]
     terms: tuple[TermDesign, ...]
@@ -64,7 +64,7 @@ class Prepared:
     shards: tuple[Any, ...] = ()
 
     @property
-    def here(self) -> Moments:
+    def here(self) -> CellMoments:
         """The moments, if they are in this process.
 
         Raises
@@ -72,7 +72,7 @@ class Prepared:
         NotSupportedError
             they are on the workers of a cluster
         """
-        if isinstance(self.moments, Moments):
+        if isinstance(self.moments, CellMoments):
             return self.moments
         raise NotSupportedError(
             f"the {self.moments.n_cells:,} groups are on the workers of the cluster and do not "
@@ -95,14 +95,14 @@ class Prepared:
     @property
     def n_groups(self) -> int:
         """The model's groups."""
-        if isinstance(self.moments, Moments):
+        if isinstance(self.moments, CellMoments):
             return len(self.groups)
         return self.moments.n_cells
 
     @property
     def group_sizes(self) -> tuple[int, int, float]:
         """Rows of the smallest and of the largest group, and their mean."""
-        if isinstance(self.moments, Moments):
+        if isinstance(self.moments, CellMoments):
             sizes = np.bincount(self.group_codes, self.moments.group.counts, len(self.groups))
             return int(sizes.min()), int(sizes.max()), float(sizes.mean())
         totals = self.moments.summary.totals
@@ -135,7 +135,7 @@ class Prepared:
 
 
 @one_blas_thread
-def prepare(moments: Moments | RemoteMoments) -> Prepared:
+def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     """Check what was collected and factor it.
 
     Raises
@@ -239,7 +239,7 @@ class Outline:
     terms: tuple[TermDesign, ...]
     problem: Problem
 
-    def of(self, moments: Moments, shard: Shard) -> Prepared:
+    def of(self, moments: CellMoments, shard: Shard) -> Prepared:
         """The model on the groups of one shard, in the coordinates of all."""
         codes = np.arange(moments.n_cells)
         whole, labels = self.problem, moments.labels
@@ -274,7 +274,9 @@ def _check_response(design: Design, found: Problem) -> None:
         )
 
 
-def _check_single_rows(moments: Moments, bars: Sequence[BarDesign], terms: Sequence[Term]) -> None:
+def _check_single_rows(
+    moments: CellMoments, bars: Sequence[BarDesign], terms: Sequence[Term]
+) -> None:
     """Refuse an intercept per row beside other factors: it is the error under another name."""
     if len(bars) == 1 or moments.spec.weights is not None:
         return  # alone it is found by its flat likelihood; weights tell the two apart

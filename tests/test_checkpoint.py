@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import dmixed
 from dmixed import checkpoint, cli, model, planning
-from dmixed.collect import Moments
+from dmixed.collect import CellMoments
 from dmixed.errors import DataError
 from dmixed.folders import Folder
 from dmixed.formula import parse
@@ -74,7 +74,7 @@ def assert_same_fit(a: dmixed.MixedLMResults, b: dmixed.MixedLMResults) -> None:
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-10)
 
 
-def assert_same_moments(a: Moments, b: Moments) -> None:
+def assert_same_moments(a: CellMoments, b: CellMoments) -> None:
     """To the last bit."""
     assert a.sizes == b.sizes
     assert a.labels.names == b.labels.names
@@ -120,7 +120,7 @@ def test_a_round_trip(
         monkeypatch.setattr(planning, "WHOLE", 0)
     given = options.get("weights"), options.get("offset")
     found = model.MixedLM._of(parse(formula), data, *given, "drop", None, None, {}).moments
-    assert isinstance(found, Moments)
+    assert isinstance(found, CellMoments)
     assert found.spec.references == formula.startswith("far")
     shards = shards and "h" not in formula  # several factors stay together
     assert bool(found.sizes) == shards
@@ -138,7 +138,7 @@ def test_all_of_the_moments_is_written() -> None:
     names = "columns random frame WtF FtF plain counts log_weights reference recoding"
     assert {field.name for field in fields(GroupMoments)} == set(names.split())
     names = "spec levels labels group dropped sizes"
-    assert {field.name for field in fields(Moments)} == set(names.split())
+    assert {field.name for field in fields(CellMoments)} == set(names.split())
 
 
 @pytest.mark.parametrize("weights", [None, "w"])
@@ -609,7 +609,7 @@ def test_shards_on_workers(client: Any, data: str, place: str) -> None:
     refused(place, data, shards[0], client=client, evaluate_on="workers")
 
 
-def _nobs(moments: Moments) -> int:
+def _nobs(moments: CellMoments) -> int:
     return moments.nobs
 
 

@@ -236,7 +236,7 @@ def moments_of(d):
 
 
 def content(moments, like):
-    """The sums in a `Moments`, about the shifts and in the order of another's."""
+    """The sums in a `CellMoments`, about the shifts and in the order of another's."""
     own, other = reframe(moments.group, like.group.frame), like.group
     groups = keys.lookup(moments.labels, like.labels)
     columns = [own.columns.index(c) for c in other.columns]

@@ -14,7 +14,7 @@ from test_design import CUTS, DATA, N, carried, fit, table
 
 from dmixed import keys
 from dmixed.blocks import CONSTANT, RESPONSE, Column
-from dmixed.collect import Moments, merge, parts_moments
+from dmixed.collect import CellMoments, merge, parts_moments
 from dmixed.design import Design, DesignSpec, block, component_column, matrix, specify
 from dmixed.errors import DataError, MissingDataError, NotSupportedError
 from dmixed.formula import ParsedFormula, parse, parse_parts
@@ -330,7 +330,7 @@ class TestMissing:
         assert batches[0].block.n_groups == n
 
 
-def moments_of(spec: DesignSpec, *frames: pd.DataFrame, apart: bool = True) -> Moments:
+def moments_of(spec: DesignSpec, *frames: pd.DataFrame, apart: bool = True) -> CellMoments:
     """Moments of frames that are read apart, or one after the other into one state."""
     parts = [(part, 0) for frame in frames for part in open_source(frame).parts(spec.columns)]
     if not apart:
