@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from dmixed.collect import CellMoments
+from dmixed.collected import Moments, collect
 from dmixed.errors import (
     ConvergenceWarning,
     DataError,
@@ -20,7 +20,6 @@ from dmixed.results import MixedLMResults
 __version__ = version("dmixed")
 
 __all__ = [
-    "CellMoments",
     "ConvergenceWarning",
     "DataError",
     "DmixedError",
@@ -30,10 +29,12 @@ __all__ = [
     "MixedLM",
     "MixedLMParams",
     "MixedLMResults",
+    "Moments",
     "NotSupportedError",
     "Plan",
     "VCSpec",
     "__version__",
+    "collect",
     "lmer",
     "mixedlm",
     "plan",

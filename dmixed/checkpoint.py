@@ -18,7 +18,7 @@ import numpy as np
 
 from dmixed import momentstore
 from dmixed.blocks import Floats
-from dmixed.collect import CellMoments
+from dmixed.cellmoments import CellMoments
 from dmixed.design.columns import Context
 from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from dmixed.bases import Coordinates
 from dmixed.blocks import Floats
-from dmixed.collect import CellMoments, Summary
+from dmixed.cellmoments import CellMoments, Summary
 from dmixed.covariance import Blocks
 from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather, in_threads, one_blas_thread, unique_key

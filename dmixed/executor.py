@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from dask.delayed import Delayed, delayed
 
-from dmixed.collect import CellMoments, Summary, join, merge, parts_moments, split
+from dmixed.cellmoments import CellMoments, Summary, join, merge, parts_moments, split
 from dmixed.design import DesignSpec
 from dmixed.dispatch import (
     RETRIES,

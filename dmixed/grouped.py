@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dmixed.collect import CellMoments
+from dmixed.cellmoments import CellMoments
 from dmixed.dispatch import gather, one_blas_thread
 from dmixed.effects import ByLabel
 from dmixed.errors import NotSupportedError

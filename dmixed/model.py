@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,9 @@ import pandas as pd
 from dmixed.arrays import array_model, with_columns, with_groups
 from dmixed.blocks import Floats
 from dmixed.caller import joined
+from dmixed.cellmoments import CellMoments
 from dmixed.checkpoint import Asked, Checkpoint, open_checkpoint
-from dmixed.collect import CellMoments
-from dmixed.design import DesignSpec, specify
+from dmixed.design import DesignSpec, carried_names, specify
 from dmixed.dispatch import find_client
 from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments
@@ -204,6 +204,8 @@ class MixedLM(FitsOfModel):
         client: Any,
         context: Mapping[str, Callable[..., Any]] | None,
         place: Mapping[str, Any] | None,
+        carry: Sequence[str] = (),
+        group_crossproducts: bool = False,
     ) -> None:
         if missing not in ("drop", "raise", "none"):
             raise DataError(f'missing={missing!r}: must be "drop", "raise" or "none"')
@@ -212,6 +214,7 @@ class MixedLM(FitsOfModel):
         self.client = find_client(client)
         self.source: Source = open_source(data, **(place or {}))
         self._options: dict[str, Any] = {**names, "missing": missing, "context": context}
+        self._more: dict[str, Any] = {"carry": carry, "group_crossproducts": group_crossproducts}
         self.progress: Progress | bool | None = None
         self._evaluate_on = "auto"
         self._checkpoint: Checkpoint | None = None
@@ -234,13 +237,15 @@ class MixedLM(FitsOfModel):
         options = self._options
         formula = self.parsed.resolved(self.source.columns)
         needed = [*formula.columns]
+        needed += carried_names(self._more["carry"], self.source.columns, options["context"] or ())
         for role in ("weights", "offset"):
             name = options[role]
             if name is not None and name not in self.source.columns:
                 raise DataError(f"the data have no column {name!r}, which is to be the {role}")
             needed += [name] if name is not None else []
         self._pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
-        return safer(specify(formula, self._pilot, **options), self._pilot, self._rows)
+        spec = specify(formula, self._pilot, **options, **self._more)
+        return safer(spec, self._pilot, self._rows)
 
     def _rows(self) -> int | None:
         """Rows of the data, as far as that is known without reading them."""

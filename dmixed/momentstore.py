@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from dmixed import keys
 from dmixed.blocks import Floats
-from dmixed.collect import CellMoments, join
+from dmixed.cellmoments import CellMoments, join
 from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather
 from dmixed.errors import DataError

@@ -18,7 +18,7 @@ from scipy.linalg import solve_triangular
 
 from dmixed.accumulation import accumulate, carried_columns
 from dmixed.blocks import CONSTANT, RESPONSE, Column, DesignBlock, Floats, Recoding
-from dmixed.collect import CellMoments
+from dmixed.cellmoments import CellMoments
 from dmixed.design import Batch, DesignSpec, block
 from dmixed.dispatch import one_blas_thread
 from dmixed.errors import DmixedError

@@ -58,7 +58,7 @@ class Predicted(Grouped):
     def _rows_of_fit(self) -> Source:
         if self._source is None:
             raise AttributeError(
-                "the rows do not travel with a stored result: give new data, predict(data)"
+                "the rows do not travel with a result that is stored or of moments: give data, predict(data)"
             )
         return self._source
 

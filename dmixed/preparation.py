@@ -12,7 +12,7 @@ import numpy as np
 from dmixed import keys
 from dmixed.bases import DependentColumns, coordinates
 from dmixed.blocks import CONSTANT
-from dmixed.collect import CellMoments
+from dmixed.cellmoments import CellMoments
 from dmixed.design import BarDesign, Design, TermDesign
 from dmixed.dispatch import in_threads, one_blas_thread
 from dmixed.errors import DataError, NotSupportedError

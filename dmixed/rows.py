@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dmixed import keys
 from dmixed.blocks import Floats
 from dmixed.effects import Effects
-from dmixed.errors import DataError
+from dmixed.errors import DataError, NotSupportedError
 from dmixed.functions import LikelihoodFunctions
 from dmixed.inference.random_effects import n_effects
 from dmixed.params import MixedLMParams, lower_root
@@ -54,7 +54,7 @@ class _Used:
 class RowsOfModel(LikelihoodFunctions):
     """Row-level attributes of a model."""
 
-    source: Source
+    source: Source | None
     client: Any
 
     @cached_property
@@ -63,7 +63,13 @@ class RowsOfModel(LikelihoodFunctions):
 
     @cached_property
     def _used(self) -> _Used:
-        parts = model_rows(self._prepared, self.source, self.client)
+        source = self.source
+        if source is None:
+            raise NotSupportedError(
+                "this model was made of moments, which hold no rows: make it of the data for "
+                "methods that read them"
+            )
+        parts = model_rows(self._prepared, source, self.client)
         found = []
         for rows in parts:
             assert rows.codes is not None
@@ -72,7 +78,7 @@ class RowsOfModel(LikelihoodFunctions):
             cell = np.append(keys.lookup(self._prepared.here.labels, rows.labels), -1)[rows.codes]
             found.append((rows.response, rows.X, rows.Z, cell, rows.complete & (cell >= 0)))
         kept = np.concatenate([f[4] for f in found])
-        index = self.source.index()
+        index = source.index()
         labels = pd.RangeIndex(len(kept)) if index is None else index
         return _Used(
             np.concatenate([f[0] for f in found])[kept],

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import dmixed
 from dmixed import checkpoint, cli, model, planning
-from dmixed.collect import CellMoments
+from dmixed.cellmoments import CellMoments
 from dmixed.errors import DataError
 from dmixed.folders import Folder
 from dmixed.formula import parse

@@ -67,7 +67,7 @@ def test_nothing_is_read_but_a_sample(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("rows were read")
 
-    monkeypatch.setattr("dmixed.collect.stream", refuse)
+    monkeypatch.setattr("dmixed.cellmoments.stream", refuse)
     assert dmixed.plan(FORMULA, path).rows == 20_000
 
 

@@ -14,7 +14,7 @@ from test_design import CUTS, DATA, N, carried, fit, table
 
 from dmixed import keys
 from dmixed.blocks import CONSTANT, RESPONSE, Column
-from dmixed.collect import CellMoments, merge, parts_moments
+from dmixed.cellmoments import CellMoments, merge, parts_moments
 from dmixed.design import Design, DesignSpec, block, component_column, matrix, specify
 from dmixed.errors import DataError, MissingDataError, NotSupportedError
 from dmixed.formula import ParsedFormula, parse, parse_parts

@@ -128,7 +128,7 @@ def test_sums_of_moments() -> None:
         dmixed.MixedLM.from_formula("y ~ x0", p, groups="g").moments for p in (d[:100], d[100:])
     ]
     total = sum(parts)
-    assert isinstance(total, dmixed.CellMoments)
+    assert isinstance(total, dmixed.cellmoments.CellMoments)
     assert total.nobs == 240
     for moments in (parts[0], parts[0].group):
         for other in (3, "a", None, 0.5):

@@ -11,7 +11,7 @@ import pytest
 
 import dmixed
 from dmixed import keys, onelevel, planning
-from dmixed.collect import join, split
+from dmixed.cellmoments import join, split
 from dmixed.evaluation import Evaluator
 from dmixed.executor import plan_pass
 from dmixed.fitting import fit

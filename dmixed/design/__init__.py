@@ -17,7 +17,14 @@ from dmixed.design.recoding import (
     learn,
     merge_levels,
 )
-from dmixed.design.spec import DesignSpec, Key, RandomTerm, specification, specify
+from dmixed.design.spec import (
+    DesignSpec,
+    Key,
+    RandomTerm,
+    carried_names,
+    specification,
+    specify,
+)
 
 __all__ = [
     "BarDesign",
@@ -30,6 +37,7 @@ __all__ = [
     "RandomTerm",
     "TermDesign",
     "block",
+    "carried_names",
     "component_column",
     "learn",
     "matrix",

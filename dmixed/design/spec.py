@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -14,7 +14,7 @@ from dmixed.design.columns import Context, Rows, kind_of
 from dmixed.design.pilot import frame_of
 from dmixed.design.spans import Category, Product, category_of, span
 from dmixed.errors import DataError, NotSupportedError
-from dmixed.formula import Bar, ParsedFormula
+from dmixed.formula import Bar, ParsedFormula, parse_terms
 from dmixed.formula.expressions import Call, Name, Node, columns_of
 from dmixed.formula.polynomials import (
     ONE,
@@ -26,6 +26,7 @@ from dmixed.formula.polynomials import (
     plus,
     times,
 )
+from dmixed.formula.terms import Term
 
 Input: TypeAlias = Variable | Category
 
@@ -128,6 +129,11 @@ class DesignSpec:
         take sums about a row of each group, see `references`; moments with and without them add
     recoding
         take sums of combinations of the carried columns, see `whitening`; likewise
+    carry
+        terms whose columns are summed by group too, in the words of a formula, although the model
+        does not have them, or not as random ones
+    group_crossproducts
+        all carried columns are summed by group: ``WtF`` has F'F of each
     """
 
     formula: ParsedFormula
@@ -146,6 +152,8 @@ class DesignSpec:
     columns: tuple[str, ...]
     references: bool = False
     recoding: Recoding | None = None
+    carry: tuple[str, ...] = ()
+    group_crossproducts: bool = False
 
     @property
     def group(self) -> tuple[str, ...]:
@@ -183,6 +191,8 @@ def specify(
     offset: str | None = None,
     missing: str = "drop",
     context: Context | None = None,
+    carry: Sequence[str] = (),
+    group_crossproducts: bool = False,
 ) -> DesignSpec:
     """Decide which columns are categories, and the shift and scale of each variable.
 
@@ -199,17 +209,30 @@ def specify(
         what to do with rows that have missing values: "drop", "raise" or "none" (there are none)
     context
         the caller's row-wise functions by name
+    carry, group_crossproducts
+        see `DesignSpec`
 
     Raises
     ------
     DataError
         a column is not there, or its type cannot be used where the formula has it
+    FormulaError
+        a term of ``carry`` cannot be read
     """
     formula = formula.resolved(pilot.column_names)
     rows = Rows(pilot, context or {})
-    text = frozenset(x for x in formula.columns if kind_of(rows.column(x).type) == "category")
+    names = [*formula.columns, *carried_names(carry, pilot.column_names, context or ())]
+    text = frozenset(x for x in names if kind_of(rows.column(x).type) == "category")
     spec = specification(
-        formula, text, weights=weights, offset=offset, missing=missing, context=context
+        formula,
+        text,
+        weights=weights,
+        offset=offset,
+        missing=missing,
+        context=context,
+        carry=carry,
+        group_crossproducts=group_crossproducts,
+        available=pilot.column_names,
     )
     values = {x.name: _pilot_values(rows, x) for x in spec.inputs}
     for key in spec.keys:
@@ -233,6 +256,9 @@ def specification(
     offset: str | None = None,
     missing: str = "drop",
     context: Context | None = None,
+    carry: Sequence[str] = (),
+    group_crossproducts: bool = False,
+    available: Collection[str] | None = None,
 ) -> DesignSpec:
     """What a formula asks for once it is known which columns are categories.
 
@@ -244,13 +270,21 @@ def specification(
         with ``pi`` decided
     text_columns
         data columns that are categories by their type
-    weights, offset, missing, context
+    weights, offset, missing, context, carry, group_crossproducts
         see `specify`
+    available
+        columns of the data, if ``carry`` may use others than the formula
     """
     _check_options(missing, context)
     fixed = span(formula.fixed, text_columns)
     keys, terms = _random(formula.bars, text_columns)
-    inputs, fixed_inputs, needs = _plan(formula, text_columns, fixed, terms)
+    known = formula.columns if available is None else available
+    more = parse_terms(carry, "carry", known, context or ())
+    inputs, fixed_inputs, needs = _plan(
+        formula, text_columns, fixed, terms, span(more, text_columns)
+    )
+    if group_crossproducts:
+        needs = tuple(replace(need, random=(True,) * len(need.monomials)) for need in needs)
     variables = tuple(x.name for x in inputs if isinstance(x, Variable))
     extra = [x for x in (weights, offset) if x is not None]
     return DesignSpec(
@@ -267,8 +301,27 @@ def specification(
         offset,
         missing,
         dict(context or {}),
-        tuple(dict.fromkeys([*formula.columns, *extra])),
+        tuple(dict.fromkeys([*formula.columns, *_names(more), *extra])),
+        carry=tuple(carry),
+        group_crossproducts=group_crossproducts,
     )
+
+
+def carried_names(
+    carry: Sequence[str], available: Collection[str], context: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Data columns that terms to carry use.
+
+    Raises
+    ------
+    FormulaError, DataError
+        a term cannot be read; the data lack a column
+    """
+    return _names(parse_terms(carry, "carry", available, context))
+
+
+def _names(terms: Sequence[Term]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for t in terms for f in t.factors for name in columns_of(f)))
 
 
 def _check_options(missing: str, context: Context | None) -> None:
@@ -337,14 +390,16 @@ def _plan(
     text_columns: frozenset[str],
     fixed: Sequence[Product],
     terms: Sequence[RandomTerm],
+    more: Sequence[Product],
 ) -> tuple[tuple[Input, ...], tuple[Input, ...], tuple[Need, ...]]:
-    """Inputs, those of the fixed terms, and carried columns of a formula."""
+    """Inputs, those of the fixed terms, and carried columns of a formula and of ``more``."""
     expansion = Expansion(Unknown())
     inputs: dict[Input, None] = {}
     needs: dict[tuple[str, ...], dict[Monomial, bool]] = {(): {ONE: True}}
     products = [(product, False) for product in fixed]
     fixed_inputs: tuple[Input, ...] = ()
     products += [(product, True) for term in terms for product in term.products]
+    products += [(product, True) for product in more]
     for i, (product, random) in enumerate(products):
         carried: Polynomial = {ONE: 1.0}
         cells: set[str] = set()

@@ -1,6 +1,6 @@
 """Formulas: text to terms and bars, without data and without running any of it."""
 
 from dmixed.formula.bars import Bar
-from dmixed.formula.parsing import ParsedFormula, Words, parse, parse_parts
+from dmixed.formula.parsing import ParsedFormula, Words, parse, parse_parts, parse_terms
 
-__all__ = ["Bar", "ParsedFormula", "Words", "parse", "parse_parts"]
+__all__ = ["Bar", "ParsedFormula", "Words", "parse", "parse_parts", "parse_terms"]

@@ -211,6 +211,43 @@ def parse_parts(
     return replace(_parsed(fixed, left, right, bars, context), words=words)
 
 
+def parse_terms(
+    texts: Sequence[str], argument: str, available: Collection[str], context: Collection[str] = ()
+) -> tuple[Term, ...]:
+    """Read terms that stand alone, outside a formula.
+
+    Parameters
+    ----------
+    texts
+        each one or more terms, ``"x"``, ``"f:x"``
+    argument
+        what messages call them
+    available
+        columns of the data
+
+    Raises
+    ------
+    FormulaError
+        a text cannot be read, or names no term
+    DataError
+        a column is not there
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise FormulaError(f"{argument} must be a list of terms, as ['x', 'f:x'], not {texts!r}")
+    found: dict[Term, None] = {}
+    for text in texts:
+        terms = [t for t in one_sided(text, argument, "x", context) if t.factors]
+        if not terms:
+            raise FormulaError(f"{argument}: {shown(text)} names no column")
+        _check_terms(terms)
+        found |= dict.fromkeys(_resolved(term, available) for term in terms)
+    for factor in (f for term in found for f in term.factors):
+        for name in columns_of(factor):
+            if name not in available:
+                raise DataError(f"{argument}: the data have no column {name!r}")
+    return tuple(found)
+
+
 def _sides(text: str, context: Collection[str]) -> tuple[list[Token], list[Token]]:
     """Tokens left and right of the tilde."""
     if not isinstance(text, str):
@@ -281,6 +318,12 @@ def _check(response: Node, terms: Sequence[Term]) -> None:
             raise FormulaError(
                 f"the response {shown(response.text)} is also right of '~'; leave it out there"
             )
+    _check_terms(terms)
+
+
+def _check_terms(terms: Sequence[Term]) -> None:
+    """Expand every factor once."""
+    for factor in dict.fromkeys(f for term in terms for f in term.factors):
         data = categorical(factor)
         if data is not None and not isinstance(data, Name):
             Expansion(Unknown()).row_by_row(_with_pi(data, ()))
