@@ -172,6 +172,17 @@ class Folder:
         return bytes(self._fs.cat_file(path))
 
 
+def lies_within(place: str, above: str) -> bool:
+    """Whether files of a directory would be read as those of another, or it is the same.
+
+    Nothing is read where a part of the path begins with "_" or ".".
+    """
+    outer = Folder.at(above).location.rstrip("/") + "/"
+    inner = Folder.at(place).location.rstrip("/") + "/"
+    parts = inner.removeprefix(outer).split("/")
+    return inner.startswith(outer) and not any(x[:1] in ("_", ".") for x in parts if x)
+
+
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
