@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from dmixed.collected import Moments, collect
+from dmixed.collected import Moments, MomentStore, collect, open_moments
 from dmixed.errors import (
     ConvergenceWarning,
     DataError,
@@ -29,6 +29,7 @@ __all__ = [
     "MixedLM",
     "MixedLMParams",
     "MixedLMResults",
+    "MomentStore",
     "Moments",
     "NotSupportedError",
     "Plan",
@@ -37,5 +38,6 @@ __all__ = [
     "collect",
     "lmer",
     "mixedlm",
+    "open_moments",
     "plan",
 ]

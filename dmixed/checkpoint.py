@@ -27,8 +27,9 @@ from dmixed.fitting import Search, natural_root
 from dmixed.folders import Folder, check_workers
 from dmixed.formula import ParsedFormula
 from dmixed.manifests import (
-    MANIFEST,
     Manifest,
+    manifest_name,
+    newest,
     read_manifest,
     refuse_own_functions,
     stored_spec,
@@ -145,9 +146,8 @@ class Checkpoint:
             raise DataError(
                 f"checkpoint {self.folder.name}: is a stored result; choose another directory"
             )
-        if self.resume is False or self.folder.size(MANIFEST) is None:
-            return None
-        return read_manifest(self.folder)
+        number = None if self.resume is False else newest(self.folder)
+        return None if number is None else read_manifest(self.folder, number)
 
     def _check_writable(self) -> None:
         name = f".{uuid4().hex}.dmixed"
@@ -168,7 +168,7 @@ class Checkpoint:
             )
             if now != was
         ]
-        found += differences(state, manifest.source)
+        found += differences(state, manifest.sources)
         if not found and not comparable(state):
             if self.resume is not True:
                 raise DataError(
@@ -177,7 +177,8 @@ class Checkpoint:
                     "resume=True if they are, resume=False to start over, or choose another "
                     "directory"
                 )
-            rows, was = _rows(asked), manifest.nobs + sum(manifest.dropped.values())
+            dropped = sum(sum(delta.dropped.values()) for delta in manifest.deltas)
+            rows, was = _rows(asked), manifest.nobs + dropped
             found += [] if rows in (None, was) else [f"the data have {rows} rows, they had {was}"]
         if found:
             raise DataError(
@@ -188,9 +189,11 @@ class Checkpoint:
     def _read(
         self, manifest: Manifest, client: Any, where: str, report: Report
     ) -> CellMoments | RemoteMoments:
-        many = len(manifest.shards) > 1 and manifest.nbytes > DRIVER
+        shards = max(len(delta.shards) for delta in manifest.deltas)
+        many = shards > 1 and manifest.nbytes > DRIVER
         if where == "workers":
-            check_remote(stored_spec(manifest, self.folder.file(MANIFEST)), client)
+            file = self.folder.file(manifest_name(manifest.version))
+            check_remote(stored_spec(manifest, file), client)
         self._moments = record_checksum(manifest)
         self._resumed = self._progress()
         found: CellMoments | RemoteMoments
@@ -224,16 +227,14 @@ class Checkpoint:
     ) -> None:
         before: set[str] = set()
         with self._written():
-            token = ""
-            if self.folder.size(MANIFEST) is not None:
-                token = uuid4().hex[:8]  # what is there stays whole until there is another
+            number = newest(self.folder)
+            if number is not None:  # what is there stays whole until there is another
                 with suppress(DataError):
-                    before = set(read_manifest(self.folder).files)
+                    before = read_manifest(self.folder, number).files
             if isinstance(found, RemoteMoments) and where != "workers":
                 check_workers(self.folder, found.client)
-            manifest = momentstore.write(self.folder, found, state, token)
-            for name in [*(before - manifest.files.keys()), PROGRESS]:
-                self.folder.remove(name)
+            manifest = momentstore.write(self.folder, found, [state], (number or 0) + 1)
+            momentstore.remove_files(self.folder, [*before, PROGRESS])
         self._moments, self._resumed = record_checksum(manifest), None
         report.message(f"moments of {found.n_cells:,} cells written to {self.folder.name}")
 

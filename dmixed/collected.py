@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from dmixed import momentstore
 from dmixed.cellmoments import CellMoments, merge
 from dmixed.dispatch import find_client
+from dmixed.erasure import has_crossproducts, without
 from dmixed.errors import DataError, NotSupportedError
 from dmixed.evaluation import RemoteMoments
 from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search
+from dmixed.folders import Folder, check_workers
 from dmixed.formula import ParsedFormula, parse, parse_parts
+from dmixed.ledger import check_differences, compared, entries, named
+from dmixed.manifests import Delta, Manifest, read_manifest
 from dmixed.model import MixedLM, placed
 from dmixed.naming import Names
 from dmixed.preparation import Prepared, prepare
 from dmixed.progress import Progress, Report, checked, open_progress
 from dmixed.provenance import SourceState, source_state
+from dmixed.removal import Opener, labels, without_files, without_group
 from dmixed.results import MixedLMResults
+from dmixed.sources import FilesSource, open_source
+from dmixed.store import Appended, StoreDirectory
 
 
 class MomentsModel(FitsOfModel):
@@ -127,6 +136,52 @@ class Moments:
         """
         return self.model().fit(reml=reml, **options)
 
+    def save(
+        self,
+        uri: str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        min_group_size: int | None = None,
+    ) -> MomentStore:
+        """Write the moments to a new or empty directory or URI; nobody sees half of them.
+
+        Parameters
+        ----------
+        storage_options
+            for fsspec, with a URI
+        min_group_size
+            leave out groups (cells) of fewer rows, so that what is shared tells of no small group;
+            needs ``group_crossproducts=True``. A fit is then that of the other groups
+
+        Returns
+        -------
+        the store, see `open_moments`
+
+        Raises
+        ------
+        DataError
+            the formula calls functions of the caller's, there is something at ``uri`` already, or
+            it cannot be written
+        """
+        if not isinstance(uri, str | os.PathLike) or not os.fspath(uri):
+            raise DataError(f"uri={uri!r}: must be a directory, as a path or URI")
+        folder, cells = Folder.at(uri, storage_options), self.cells
+        if min_group_size is not None:
+            cells = _of_size(cells, min_group_size)
+        try:
+            if not all(map(momentstore.is_left_behind, folder.names())):
+                raise DataError(
+                    f"{folder.name}: there is something already; choose a new directory"
+                )
+            if isinstance(cells, RemoteMoments):
+                check_workers(folder, cells.client)
+            manifest = momentstore.write(folder, cells, self.sources)
+        except OSError as error:
+            raise DataError(
+                f"{folder.name}: cannot be written: {error.strerror or error}"
+            ) from error
+        return MomentStore(folder, manifest, self.client)
+
 
 def _here(cells: CellMoments | RemoteMoments) -> CellMoments:
     if isinstance(cells, CellMoments):
@@ -146,6 +201,327 @@ def _check_disjoint(a: Sequence[SourceState], b: Sequence[SourceState]) -> None:
                 raise DataError(
                     f"both sums are of the file {file.name}: its rows would count twice"
                 )
+
+
+class MomentStore:
+    """Moments in a directory or object store; made by `Moments.save`, opened by `open_moments`.
+
+    Every change is made of files that nobody sees until a new manifest names them, at once; of two
+    processes that change a store at the same time, one is refused.
+
+    Parameters
+    ----------
+    folder, manifest
+        where it is, and the state that is shown
+    client
+        `distributed.Client` to run on
+    """
+
+    def __init__(self, folder: Folder, manifest: Manifest, client: Any = None) -> None:
+        self._directory = StoreDirectory(folder, manifest, client)
+        self._moments: Moments | None = None
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def uri(self) -> str:
+        """Where it is, without credentials."""
+        return self._directory.folder.name
+
+    @property
+    def version(self) -> int:
+        """Number of the state, which grows by one with every change."""
+        return self._directory.manifest.version
+
+    @property
+    def formula(self) -> str:
+        """Formula of the largest model that can be fitted."""
+        return self._directory.manifest.formula
+
+    @property
+    def nobs(self) -> int:
+        """Rows used."""
+        return self._directory.manifest.nobs
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        """What was added, in that order; each with ``id``, ``created``, ``nobs``, ``sources``."""
+        return self._directory.manifest.deltas
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files of data whose rows are in it."""
+        return tuple(entries(self.deltas))
+
+    @property
+    def moments(self) -> Moments:
+        """The sum of all deltas; read when first asked for."""
+        if self._moments is None:
+            self._moments = self._made(self._directory.moments(), None)
+        return self._moments
+
+    def __repr__(self) -> str:
+        n = len(self.deltas)
+        return (
+            f"<MomentStore {self.uri!r}, version {self.version}: {self.formula!r}, "
+            f"{self.nobs:,} rows in {n} part{'s' * (n > 1)}>"
+        )
+
+    # ------------------------------------------------------------------ models
+
+    def model(self, *arguments: Any, **options: Any) -> MomentsModel:
+        """A model of all moments, see `Moments.model`."""
+        return self.moments.model(*arguments, **options)
+
+    def fit(self, reml: bool = True, **options: Any) -> MixedLMResults:
+        """Fit all moments, see `Moments.fit`."""
+        return self.moments.fit(reml, **options)
+
+    def window(self, last: int) -> Moments:
+        """Moments of the last additions only; the store stays as it is.
+
+        Parameters
+        ----------
+        last
+            how many of `deltas`
+
+        Raises
+        ------
+        DataError
+            naming what is damaged, or that there are not so many
+        """
+        if isinstance(last, bool) or not isinstance(last, int) or last < 1:
+            raise DataError(f"last={last!r}: must be a number of additions, at least 1")
+        return self._made(self._directory.moments(last), last)
+
+    def _made(self, cells: CellMoments | RemoteMoments, last: int | None) -> Moments:
+        deltas = self.deltas if last is None else self.deltas[-last:]
+        sources = tuple(state for delta in deltas for state in delta.sources)
+        return Moments(cells, sources, self._directory.client)
+
+    # ------------------------------------------------------------------ changes
+
+    def append(
+        self,
+        data: Any,
+        *,
+        name: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        filters: Any = None,
+        version: int | None = None,
+        snapshot: int | None = None,
+        changed: str = "error",
+        vanished: str = "keep",
+        client: Any = None,
+        progress: Progress | bool | None = None,
+    ) -> Appended:
+        """Add the rows of data; of files, only those that the store does not have are read.
+
+        Parameters
+        ----------
+        data
+            in any form that `lmer` takes, or `Moments` of the same model
+        name
+            of rows in memory or in a Dask DataFrame, for `remove`; a name is added once
+        storage_options, filters, version, snapshot, progress
+            see `lmer`
+        changed
+            what to do with files whose size or time of modification is not as it was: ``"error"``,
+            or ``"replace"`` what their rows had added
+        vanished
+            what to do with files that are gone from the folder: ``"keep"`` their rows, or
+            ``"error"``. Files of a table that are gone were rewritten, which is always an error:
+            their rows may be in new files
+        client
+            `distributed.Client` to run on; that of the store, or the current one by default
+
+        Raises
+        ------
+        DataError
+            naming what cannot be read or added, or another process has changed the store; it is as
+            it was
+        """
+        directory = self._changeable()
+        _check_choice("changed", changed, ("error", "replace"))
+        _check_choice("vanished", vanished, ("keep", "error"))
+        if isinstance(data, Moments):
+            cells = data.cells
+            directory.add(cells, data.sources)
+            new = tuple(file.name for state in data.sources for file in state.files)
+            return Appended(new, (), (), (), cells.nobs, cells.n_cells, dict(cells.dropped))
+        source = open_source(
+            data, storage_options, filters=filters, version=version, snapshot=snapshot
+        )
+        client = find_client(directory.client if client is None else client)
+        if not isinstance(source, FilesSource):
+            _check_name(name, self.files)
+            cells = directory.append(source, client, progress, name)
+            new = () if name is None else (name,)
+            return Appended(new, (), (), (), cells.nobs, cells.n_cells, dict(cells.dropped))
+        if name is not None:
+            raise DataError("name= is for rows that are in no file: files have names")
+        found = compared(self.deltas, source)
+        check_differences(found, source.kind, changed, vanished)
+        wanted = {*found.new, *found.changed}
+        if not wanted:
+            return Appended((), found.same, (), found.vanished, 0, 0, {})
+        kept, made = list(self.deltas), list[Delta]()
+        if found.changed:
+            opener = Opener(None, storage_options, None)
+            kept, made = without_files(directory, set(found.changed), opener, client)
+        cells = directory.append(source.only(wanted), client, progress, None, kept, made)
+        names = found.new, found.same, found.changed, found.vanished
+        return Appended(*names, cells.nobs, cells.n_cells, dict(cells.dropped))
+
+    def remove(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        data: Any = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        filters: Any = None,
+        client: Any = None,
+    ) -> None:
+        """Take the rows of some files out, as if they had never been added.
+
+        What was added alone is dropped. Of files that were added with others the rows are read
+        again and subtracted, if the files are as they were; else the others are read again.
+
+        Parameters
+        ----------
+        paths
+            names of files as in `files`, or the ``name`` of rows that are in no file
+        data, storage_options, filters
+            where to read the files again, by default the path at which they were found
+        client
+            `distributed.Client` to run on
+
+        Raises
+        ------
+        DataError
+            naming what the store does not have, or what cannot be read again; it is as it was
+        """
+        directory = self._changeable()
+        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        names, opener = named(self.deltas, given), Opener(data, storage_options, filters)
+        client = find_client(directory.client if client is None else client)
+        kept, made = without_files(directory, names, opener, client)
+        if not kept:
+            raise DataError(f"{self.uri}: nothing would be left; delete the directory instead")
+        with directory.written():
+            directory.commit(kept, made)
+
+    def forget(
+        self,
+        group: Any,
+        data: Any = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        client: Any = None,
+    ) -> int:
+        """Take all rows of a group out, as if they had never been added; files stay known.
+
+        With ``group_crossproducts`` the sums are made anew of those of the other groups. Without,
+        the group's rows are read again from the files that were added with it, and subtracted.
+
+        Parameters
+        ----------
+        group
+            its label, a tuple of labels, or a dict of key columns and labels
+        data, storage_options
+            where to read files again, by default the path at which they were found
+        client
+            `distributed.Client` to run on
+
+        Returns
+        -------
+        rows taken out
+
+        Raises
+        ------
+        DataError
+            there is no such group, or its rows cannot be read again; the store is as it was
+        """
+        directory = self._changeable()
+        wanted = labels(directory.spec, group)
+        client = find_client(directory.client if client is None else client)
+        opener = Opener(data, storage_options, None)
+        kept, made, rows = without_group(directory, wanted, opener, client)
+        if not made:
+            raise DataError(f"{self.uri}: there is no group {group!r}")
+        with directory.written():
+            directory.commit(kept, made)
+        return rows
+
+    def compact(self) -> None:
+        """Make one of all deltas, and remove files that a killed process has left behind."""
+        self._changeable().compact()
+
+    def _changeable(self) -> StoreDirectory:
+        """The directory, if it may be changed; the moments are read anew after that."""
+        self._directory.check_changeable()
+        self._moments = None
+        return self._directory
+
+
+def _check_name(name: Any, known: Sequence[str]) -> None:
+    if name is not None and (not isinstance(name, str) or not name):
+        raise DataError(f"name={name!r}: must be text")
+    if name in known:
+        raise DataError(f"{name}: was added already; remove({name!r}) it first")
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise DataError(f"{argument}={value!r}: must be {' or '.join(map(repr, choices))}")
+
+
+def open_moments(
+    uri: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    client: Any = None,
+) -> MomentStore:
+    """Open moments that were saved: a store, the checkpoint of a fit, or a stored result.
+
+    Parameters
+    ----------
+    uri
+        directory or URI
+    storage_options
+        for fsspec, with a URI
+    client
+        `distributed.Client` to run on; the current one by default
+
+    Raises
+    ------
+    DataError
+        naming what is not there, or is damaged
+    """
+    if not isinstance(uri, str | os.PathLike) or not os.fspath(uri):
+        raise DataError(f"uri={uri!r}: must be a directory, as a path or URI")
+    folder = Folder.at(uri, storage_options)
+    store = MomentStore(folder, read_manifest(folder), find_client(client))
+    _ = store._directory.spec
+    return store
+
+
+def _of_size(cells: CellMoments | RemoteMoments, size: int) -> CellMoments:
+    """Moments of the cells that have so many rows at least."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DataError(f"min_group_size={size!r}: must be a number of rows, at least 1")
+    if not isinstance(cells, CellMoments) or not has_crossproducts(cells):
+        raise DataError(
+            "min_group_size= needs moments that were collected with group_crossproducts=True, "
+            "without weights, and are not on the workers of a cluster: only then can the rows of a "
+            "group be taken out of the sums"
+        )
+    small = cells.group.counts < size
+    rows = int(cells.group.counts[small].sum())
+    if not rows:
+        return cells
+    left = without(cells, small)
+    reason = f"group of fewer than {size} rows"
+    return replace(left, dropped={**left.dropped, reason: rows})
 
 
 def collect(

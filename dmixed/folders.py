@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -19,6 +21,13 @@ from dmixed.sources.files import redact
 
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
 """Protocols of storages without directories: to make one would make a bucket."""
+
+REFUSED = {"PreconditionFailed", "ConditionalRequestConflict"}
+"""Answers to a put that was to make a new object, where there is one or another is on its way."""
+
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.dmixed")
+"""Names of files that are going to have another name, or are removed again."""
 
 
 @dataclass(frozen=True)
@@ -106,25 +115,69 @@ class Folder:
         OSError
             it cannot be written; nothing is left behind
         """
-        if not self._local:
-            with _plain_errors(self.options):
-                if not BUCKETS & set(_protocols(self._fs)):
-                    self._fs.makedirs(self._root, exist_ok=True)
-                self._fs.pipe_file(self._path(name), bytes(content))
+        if self._local:
+            with self._beside(content, durable) as beside:
+                os.replace(beside, self._path(name))
             return
-        os.makedirs(self._root, exist_ok=True)
-        beside = self._path(f".{uuid4().hex}.dmixed")
+        with _plain_errors(self.options):
+            self._make_root()
+            self._fs.pipe_file(self._path(name), bytes(content))
+
+    def create(self, name: str, content: Any) -> bool:
+        """Write a file where there is none of its name; whether that was so.
+
+        Of several processes that do so at the same time, on whatever machines, one does. As an
+        answer may get lost, and some object stores look before they write but not while they do,
+        what is there counts: contents must differ.
+
+        Raises
+        ------
+        OSError
+            it cannot be written; nothing is left behind
+        """
+        if self._local:
+            with self._beside(content, True) as beside:
+                try:
+                    os.link(beside, self._path(name))
+                except FileExistsError:
+                    return False
+                return True
+        with _plain_errors(self.options):
+            self._make_root()
+            try:
+                self._fs.pipe_file(self._path(name), bytes(content), mode="create")
+            except FileExistsError:
+                pass
+            except OSError as error:
+                if _answer(error) not in REFUSED:
+                    raise
+            self._fs.invalidate_cache()
+            return bytes(self._fs.cat_file(self._path(name))) == bytes(content)
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in it, none if it is not there.
+
+        Raises
+        ------
+        OSError
+            the storage does not say
+        """
+        with _plain_errors(self.options):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._root, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return [path.rstrip("/").rpartition("/")[2] for path in found]
+
+    def age(self, name: str) -> float | None:
+        """Seconds since a file was written, None where the storage does not say."""
         try:
-            with open(beside, "wb") as stream:
-                stream.write(content)
-                if durable:
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            os.replace(beside, self._path(name))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
+            with _plain_errors(self.options):
+                written = self._fs.modified(self._path(name))
+        except (OSError, NotImplementedError):
+            return None
+        return (datetime.now(UTC) - written.astimezone(UTC)).total_seconds()
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there.
@@ -136,6 +189,31 @@ class Folder:
         """
         with _plain_errors(self.options), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
+
+    def below(self, name: str) -> Folder:
+        """A directory in it."""
+        return Folder(self.file(name), f"{self.location.rstrip('/')}/{name}", self.options)
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a directory in it with all that is there, if it is there.
+
+        Raises
+        ------
+        OSError
+            it cannot be removed
+        """
+        with _plain_errors(self.options), contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._path(name), recursive=True)
+
+    def youngest(self, name: str) -> float | None:
+        """Seconds since a file below a directory in it was written, None where nothing says so."""
+        below = self.below(name)
+        with _plain_errors(self.options):
+            self._fs.invalidate_cache()
+            files = [path[len(below._root) + 1 :] for path in self._fs.find(below._root)]
+        ages = [below.age(file) for file in files] or [self.age(name)]
+        known = [age for age in ages if age is not None]
+        return min(known) if len(known) == len(ages) else None
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -155,6 +233,26 @@ class Folder:
     def _local(self) -> bool:
         return isinstance(self._fs, LocalFileSystem)
 
+    def _make_root(self) -> None:
+        if not BUCKETS & set(_protocols(self._fs)):
+            self._fs.makedirs(self._root, exist_ok=True)
+
+    @contextlib.contextmanager
+    def _beside(self, content: Any, durable: bool) -> Iterator[str]:
+        """A file on the local disk that is to get another name."""
+        os.makedirs(self._root, exist_ok=True)
+        beside = self._path(f".{uuid4().hex}.dmixed")
+        try:
+            with open(beside, "wb") as stream:
+                stream.write(content)
+                if durable:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            yield beside
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -172,6 +270,11 @@ class Folder:
         return bytes(self._fs.cat_file(path))
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file is one that `Folder` writes before it has its name."""
+    return TEMPORARY.fullmatch(name) is not None
+
+
 def lies_within(place: str, above: str) -> bool:
     """Whether files of a directory would be read as those of another, or it is the same.
 
@@ -183,6 +286,13 @@ def lies_within(place: str, above: str) -> bool:
     return inner.startswith(outer) and not any(x[:1] in ("_", ".") for x in parts if x)
 
 
+def _answer(error: OSError) -> str:
+    """Code that a storage of S3's kind has answered with."""
+    response = getattr(error.__cause__, "response", None)
+    found = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
+    return str(found)
+
+
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
@@ -192,7 +302,7 @@ def _plain_errors(options: Mapping[str, Any]) -> Iterator[None]:
     """Errors of storages, each of which has its own, as OSError without credentials."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.strerror is not None and not options:

@@ -1,28 +1,34 @@
-"""What is written of moments beside their numbers: ``manifest.json`` of a `momentstore`."""
+"""What is written of moments beside their numbers: the manifests of a `momentstore`.
+
+``manifest-00000001.json`` is the first state of a directory, each change adds the next; the newest
+counts. A manifest is created where there is none of its number, or not at all, so that of two
+writers who both start from one state the second is refused.
+"""
 
 from __future__ import annotations
 
 import math
+import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dmixed.blocks import CONSTANT, Column, Frame, Recoding
-from dmixed.design import DesignSpec, FactorLevels, specification
+from dmixed.design import DesignSpec, FactorLevels, carried_names, specification
 from dmixed.errors import DataError, DmixedError
 from dmixed.folders import Folder
 from dmixed.formula import ParsedFormula, Words, parse, parse_parts
 from dmixed.formula.expressions import Call, walk
 from dmixed.provenance import SourceState
-from dmixed.records import TableFile, made_record
+from dmixed.records import TableFile, made_record, record_bytes
 
-SCHEMA = "dmixed-moments/1"
-MANIFEST = "manifest.json"
+SCHEMA = "dmixed-moments/2"
 
 LABELS = pa.large_string(), pa.int64(), pa.uint64(), pa.float64(), pa.date32(), pa.bool_()
 """Types that labels have, beside timestamps."""
@@ -30,7 +36,12 @@ LABELS = pa.large_string(), pa.int64(), pa.uint64(), pa.float64(), pa.date32(), 
 RECORD = 2**28
 """Bytes of a manifest at most."""
 
-FILE_NAME = re.compile(r"(cells-\d{5,9}|columns)(-[0-9a-f]{1,32})?\.parquet")
+HISTORY = 20
+"""Manifests that are kept: who reads one is not surprised, and who writes is told of the others."""
+
+MANIFEST_NAME = re.compile(r"manifest-(\d{8})\.json")
+
+FILE_NAME = re.compile(r"cells-[0-9a-f]{8}-\d{5,9}\.parquet|columns-[0-9a-f]{8}\.parquet")
 """Names that files of moments have; nothing outside the directory is ever read."""
 
 
@@ -44,18 +55,18 @@ class ShardFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """Contents of ``manifest.json``; its names are those of the file.
+class Delta:
+    """Moments of some rows that were added together.
 
     Attributes
     ----------
-    versions, machine
-        of the libraries that wrote it, and the architecture
-    formula, words
-        see `ParsedFormula`
-    inputs
-        data columns of the formula
-    text_columns, weights, offset, missing, references, frame
+    id
+        hexadecimal, part of the names of its files
+    created
+        when the rows were read, ISO 8601, UTC
+    sources
+        which rows they are; none where that was not told
+    references, frame
         see `DesignSpec`
     dropped, levels
         see `CellMoments`
@@ -63,8 +74,6 @@ class Manifest:
         see `GroupMoments`
     nobs
         rows used
-    source
-        None: not told
     shards
         in their order
     sums
@@ -73,16 +82,9 @@ class Manifest:
         all files by name
     """
 
-    schema: str
-    versions: dict[str, str]
-    machine: str
-    formula: str
-    words: Words | None
-    inputs: tuple[str, ...]
-    text_columns: tuple[str, ...]
-    weights: str | None
-    offset: str | None
-    missing: str
+    id: str
+    created: str
+    sources: tuple[SourceState, ...]
     references: bool
     dropped: dict[str, int]
     frame: Frame
@@ -92,7 +94,6 @@ class Manifest:
     log_weights: float
     recoding: Recoding | None
     nobs: int
-    source: SourceState | None
     shards: tuple[ShardFile, ...]
     sums: str
     files: dict[str, TableFile]
@@ -107,6 +108,93 @@ class Manifest:
         """Memory of the sums of all cells, bytes."""
         k, q = len(self.columns), len(self.random)
         return self.n_cells * (8 * q * k + 8 + (4 * k if self.references else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Contents of a manifest; its names are those of the file.
+
+    Attributes
+    ----------
+    version
+        number of the state
+    versions, machine
+        of the libraries that wrote it, and the architecture
+    formula, words
+        see `ParsedFormula`
+    inputs
+        data columns of the formula and of what is carried
+    text_columns, weights, offset, missing, carry, group_crossproducts
+        see `DesignSpec`
+    deltas
+        in the order in which they were added
+    """
+
+    schema: str
+    version: int
+    versions: dict[str, str]
+    machine: str
+    formula: str
+    words: Words | None
+    inputs: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    weights: str | None
+    offset: str | None
+    missing: str
+    carry: tuple[str, ...]
+    group_crossproducts: bool
+    deltas: tuple[Delta, ...]
+
+    @property
+    def nobs(self) -> int:
+        """Rows used."""
+        return sum(delta.nobs for delta in self.deltas)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the sums of all cells at most, bytes."""
+        return sum(delta.nbytes for delta in self.deltas)
+
+    @property
+    def files(self) -> set[str]:
+        """Names of all files."""
+        return {name for delta in self.deltas for name in delta.files}
+
+    @property
+    def sources(self) -> tuple[SourceState, ...]:
+        """Which rows they are of."""
+        return tuple(state for delta in self.deltas for state in delta.sources)
+
+
+def manifest_of(spec: DesignSpec, deltas: Sequence[Delta], number: int = 1) -> Manifest:
+    """Manifest of moments of a model.
+
+    Parameters
+    ----------
+    number
+        of the state
+    """
+    formula = spec.formula
+    names = {x for x in (spec.weights, spec.offset) if x is not None} - set(formula.columns)
+    return Manifest(
+        schema=SCHEMA,
+        version=number,
+        versions={
+            "python": platform.python_version(),
+            **{x: version(x) for x in ("dmixed", "numpy", "scipy", "pandas", "pyarrow")},
+        },
+        machine=platform.machine(),
+        formula=formula.text,
+        words=formula.words,
+        inputs=tuple(x for x in spec.columns if x not in names or x in carried(spec)),
+        text_columns=tuple(sorted(spec.text_columns)),
+        weights=spec.weights,
+        offset=spec.offset,
+        missing=spec.missing,
+        carry=spec.carry,
+        group_crossproducts=spec.group_crossproducts,
+        deltas=tuple(deltas),
+    )
 
 
 def own_functions(formula: ParsedFormula, context: Mapping[str, Any] | None) -> list[str]:
@@ -125,29 +213,91 @@ def refuse_own_functions(formula: ParsedFormula, context: Mapping[str, Any] | No
         )
 
 
-def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a directory.
+def newest(folder: Folder) -> int | None:
+    """Number of the newest manifest of a directory, None if there is none.
+
+    Raises
+    ------
+    OSError
+        the storage does not say
+    """
+    found = [MANIFEST_NAME.fullmatch(name) for name in folder.names()]
+    return max((int(match[1]) for match in found if match), default=None)
+
+
+def manifest_name(number: int) -> str:
+    """Name of the file of a state."""
+    return f"manifest-{number:08}.json"
+
+
+def read_manifest(folder: Folder, number: int | None = None) -> Manifest:
+    """A manifest of a directory, the newest by default.
 
     Raises
     ------
     DataError
         naming the file, and what is missing or damaged
     """
-    file = folder.file(MANIFEST)
-    found = made_record(Manifest, folder.read(MANIFEST, RECORD), file, SCHEMA)
-    names = [*(shard.name for shard in found.shards), found.sums]
-    right = len(set(names)) == len(names) > 1 and set(names) == found.files.keys()
-    if not right or not all(FILE_NAME.fullmatch(name) for name in names):
-        raise DataError(f"{file}: files: must be those of shards and sums")
-    if any(known.rows < 0 or known.size < 0 for known in found.files.values()):
-        raise DataError(f"{file}: files: must have rows and sizes from zero")
-    if found.nobs < 1 or sum(shard.nobs for shard in found.shards) != found.nobs:
-        raise DataError(f"{file}: nobs: must be the rows of all shards, and some")
+    if number is None:
+        try:
+            number = newest(folder)
+        except OSError as error:
+            raise DataError(f"{folder.name}: cannot be listed: {error.strerror or error}") from None
+    if number is None:
+        raise DataError(f"{folder.name}: there are no moments: it has no manifest-*.json")
+    file = folder.file(manifest_name(number))
+    content = folder.read(manifest_name(number), RECORD)
+    found = made_record(Manifest, content, file, SCHEMA)
+    if found.version != number:
+        raise DataError(f"{file}: is of version {found.version}, its name says {number}")
+    if not found.deltas or len({delta.id for delta in found.deltas}) != len(found.deltas):
+        raise DataError(f"{file}: deltas: must be some, with different ids")
+    for delta in found.deltas:
+        _check_files(delta, f"{file}: deltas: {delta.id}: ")
+    if len(found.files) != sum(len(delta.files) for delta in found.deltas):
+        raise DataError(f"{file}: deltas: have files in common")
     return found
 
 
+def _check_files(delta: Delta, where: str) -> None:
+    names = [*(shard.name for shard in delta.shards), delta.sums]
+    right = len(set(names)) == len(names) > 1 and set(names) == delta.files.keys()
+    if not right or not all(FILE_NAME.fullmatch(name) for name in names):
+        raise DataError(f"{where}files: must be those of shards and sums")
+    if any(known.rows < 0 or known.size < 0 for known in delta.files.values()):
+        raise DataError(f"{where}files: must have rows and sizes from zero")
+    if delta.nobs < 0 or sum(shard.nobs for shard in delta.shards) != delta.nobs:
+        raise DataError(f"{where}nobs: must be the rows of all shards")
+
+
+def commit(folder: Folder, manifest: Manifest) -> None:
+    """Make a manifest the newest, in place of the one before it.
+
+    Raises
+    ------
+    DataError
+        another process has changed the directory since; nothing was changed
+    OSError
+        it cannot be written; nothing was changed
+    """
+    name = manifest_name(manifest.version)
+    refused = DataError(
+        f"{folder.name}: another process has changed these moments since they were read here; "
+        "this change was not made: open them again and repeat it"
+    )
+    if newest(folder) not in (None, manifest.version - 1):
+        raise refused
+    if not folder.create(name, record_bytes(manifest)):
+        raise refused
+    if newest(folder) != manifest.version:  # so many came between that this number was free again
+        folder.remove(name)
+        raise refused
+    if manifest.version > HISTORY:
+        folder.remove(manifest_name(manifest.version - HISTORY))
+
+
 def stored_spec(manifest: Manifest, file: str) -> DesignSpec:
-    """What the formula asks for, with the shifts and scales of the moments."""
+    """What the formula asks for, with the shifts and scales of the first moments."""
     text, words, inputs = manifest.formula, manifest.words, manifest.inputs
     try:
         if words is None:
@@ -161,27 +311,38 @@ def stored_spec(manifest: Manifest, file: str) -> DesignSpec:
             weights=manifest.weights,
             offset=manifest.offset,
             missing=manifest.missing,
+            carry=manifest.carry,
+            group_crossproducts=manifest.group_crossproducts,
+            available=inputs,
         )
     except DmixedError as error:
         raise DataError(f"{file}: {error}") from error
-    misfit = _misfit(spec, manifest)
-    if misfit is not None:
-        raise DataError(f"{file}: {misfit}: is not what the formula {text!r} needs")
-    return replace(
-        spec,
-        frame=manifest.frame,
-        references=manifest.references,
-        recoding=manifest.recoding,
-    )
+    used = {*spec.formula.columns, *carried(spec)}
+    misfit = None
+    if len(used) != len(manifest.inputs) or used != set(manifest.inputs):
+        misfit = "inputs"
+    elif not spec.text_columns <= used:
+        misfit = "text_columns"
+    for delta in manifest.deltas:
+        found = misfit or _misfit(spec, delta)
+        if found is not None:
+            raise DataError(f"{file}: {found}: is not what the formula {text!r} needs")
+    return spec_of(spec, manifest.deltas[0])
 
 
-def _misfit(spec: DesignSpec, manifest: Manifest) -> str | None:
-    """Field of a manifest that is not what its formula needs."""
-    frame, levels, inputs = manifest.frame, manifest.levels, set(manifest.inputs)
-    if len(spec.formula.columns) != len(manifest.inputs) or set(spec.formula.columns) != inputs:
-        return "inputs"
-    if not spec.text_columns <= inputs:
-        return "text_columns"
+def spec_of(spec: DesignSpec, delta: Delta) -> DesignSpec:
+    """The same spec with what the moments of a delta are about."""
+    return replace(spec, frame=delta.frame, references=delta.references, recoding=delta.recoding)
+
+
+def carried(spec: DesignSpec) -> tuple[str, ...]:
+    """Data columns of what a spec carries beside its formula."""
+    return carried_names(spec.carry, spec.columns, spec.context)
+
+
+def _misfit(spec: DesignSpec, delta: Delta) -> str | None:
+    """Field of a delta that is not what its formula needs."""
+    frame, levels = delta.frame, delta.levels
     finite = bool(np.isfinite([frame.shift, frame.scale]).all())
     if frame.names != spec.frame.names or not finite or min(frame.scale) <= 0.0:
         return "frame"
@@ -190,29 +351,29 @@ def _misfit(spec: DesignSpec, manifest: Manifest) -> str | None:
         for x in levels.values()
     ):
         return "levels"
-    if not _carries(spec, levels, manifest.columns, manifest.random):
+    if not _carries(spec, levels, delta.columns, delta.random):
         return "columns"
-    if not math.isfinite(manifest.log_weights):
+    if not math.isfinite(delta.log_weights):
         return "log_weights"
-    if manifest.recoding is not None and not _sound(manifest, manifest.recoding):
+    if delta.recoding is not None and not _sound(delta, delta.recoding):
         return "recoding"
-    for shard in manifest.shards:
+    for shard in delta.shards:
         types = [label_type(x) for x in shard.key_types]
         if len(types) != len(spec.keys) or None in types:
             return "key_types"
     return None
 
 
-def _sound(manifest: Manifest, recoding: Recoding) -> bool:
+def _sound(delta: Delta, recoding: Recoding) -> bool:
     """Whether a recoding has an inverse, and keeps the constant and the span of random columns."""
     columns, n = recoding.columns, len(recoding.columns)
     if n == 0 or len(recoding.S) != n or any(len(row) != n for row in recoding.S):
         return False
     S = np.array(recoding.S, dtype=np.float64)
-    drawn = [manifest.columns[j] for j in manifest.random]
+    drawn = [delta.columns[j] for j in delta.random]
     random = np.array([column in drawn for column in columns])
     return (
-        set(columns) <= set(manifest.columns)
+        set(columns) <= set(delta.columns)
         and len(set(columns)) == n
         and columns[0] == CONSTANT
         and not any(column.cell for column in columns)
@@ -237,7 +398,7 @@ def _carries(
         cells.setdefault(column.cell, []).append(column.powers)
     need = {cell: wanted.get(tuple(name for name, _ in cell), {}) for cell in cells}
     return (
-        {tuple(name for name, _ in cell) for cell in cells} == wanted.keys()
+        {tuple(name for name, _ in cell) for cell in cells} <= wanted.keys()
         and all(Counter(need[cell].keys()) == Counter(powers) for cell, powers in cells.items())
         and all(level in levels[name].levels for cell in cells for name, level in cell)
         and [j for j, x in enumerate(columns) if need[x.cell][x.powers]] == list(random)

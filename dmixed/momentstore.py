@@ -1,11 +1,12 @@
 """Moments on disk or in an object store: a directory that any program can read, without pickle.
 
-``manifest.json`` holds a `Manifest`: the model in words, what was learned of its columns, which
-files there are and of which data. Each shard is one ``cells-00000.parquet`` with a row per cell:
-the labels, each key a column of its own type; ``rows``, the rows counted; ``WtF``, a list of q k
-numbers; and ``reference``, k of float32, where sums are about a row of each group.
-``columns.parquet`` has a row per carried column: ``FtF`` and, where rows are weighted, ``plain``,
-lists of k numbers. No row of the data is in it.
+Its newest manifest (see `manifests`) holds the model in words and, of each *delta*, of which rows
+it is and what was learned of them. Deltas are rows that were added together; the moments are their
+sum. Of each delta, a shard is one ``cells-ID-00000.parquet`` with a row per cell: the labels, each
+key a column of its own type; ``rows``, the rows counted; ``WtF``, a list of q k numbers; and
+``reference``, k of float32, where sums are about a row of each group. ``columns-ID.parquet`` has a
+row per carried column: ``FtF`` and, where rows are weighted, ``plain``, lists of k numbers. No row
+of the data is in it.
 
 The manifest comes last: files that it does not name are not there. What is read is not trusted, see
 `records`.
@@ -14,36 +15,41 @@ The manifest comes last: files that it does not name are not there. What is read
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from importlib.metadata import version
+from datetime import UTC, datetime
+from functools import partial, reduce
 from operator import add
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 
 from dmixed import keys
 from dmixed.blocks import Floats
-from dmixed.cellmoments import CellMoments, join
+from dmixed.cellmoments import CellMoments, join, merge, split
 from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather
 from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments
-from dmixed.folders import Folder
+from dmixed.folders import Folder, is_temporary
 from dmixed.manifests import (
-    MANIFEST,
-    SCHEMA,
+    FILE_NAME,
+    Delta,
     Manifest,
     ShardFile,
+    commit,
     label_type,
+    manifest_name,
+    manifest_of,
     refuse_own_functions,
+    spec_of,
     stored_spec,
 )
 from dmixed.moments import GroupMoments
 from dmixed.provenance import SourceState
-from dmixed.records import TableFile, list_type, lists, record_bytes, table_arrays, table_bytes
+from dmixed.records import TableFile, list_type, lists, table_arrays, table_bytes
 from dmixed.references import References
 
 # --------------------------------------------------------------------------- writing
@@ -52,48 +58,93 @@ from dmixed.references import References
 def write(
     folder: Folder,
     moments: CellMoments | RemoteMoments,
-    source: SourceState | None = None,
-    token: str = "",
+    sources: Sequence[SourceState] = (),
+    number: int = 1,
 ) -> Manifest:
-    """Write moments, the manifest last; shards on workers are written there.
+    """Write moments as the only ones of a directory.
 
     Parameters
     ----------
-    token
-        hexadecimal, part of the names of new files where others may be in use
+    number
+        of the state that the directory has then
 
     Raises
     ------
     DataError
-        the formula calls functions of the caller's, or the workers do not share the directory
+        the formula calls functions of the caller's, the workers do not share the directory, or
+        another process has written there at the same time
     OSError
         it cannot be written
     """
-    spec, totals = moments.spec, moments.summary.totals
-    refuse_own_functions(spec.formula, spec.context)
-    ending = f"-{token}.parquet" if token else ".parquet"
+    refuse_own_functions(moments.spec.formula, moments.spec.context)
+    delta = write_delta(folder, moments, sources)
+    manifest = manifest_of(moments.spec, [delta], number)
+    commit_or_clean(folder, manifest, [delta])
+    return manifest
+
+
+def commit_or_clean(folder: Folder, manifest: Manifest, new: Sequence[Delta]) -> None:
+    """`commit`; if that fails, the files of new deltas are removed."""
+    try:
+        commit(folder, manifest)
+    except DataError:
+        for delta in new:
+            remove_files(folder, delta.files)
+        raise
+
+
+def is_own(name: str) -> bool:
+    """Whether a file is one that is written here."""
+    return FILE_NAME.fullmatch(name) is not None
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file is nothing where there is no manifest: a killed process has left it."""
+    return is_own(name) or is_temporary(name)
+
+
+def remove_files(folder: Folder, names: Iterable[str]) -> None:
+    """Remove files that no manifest names any more."""
+    for name in names:
+        folder.remove(name)
+
+
+def write_delta(
+    folder: Folder,
+    moments: CellMoments | RemoteMoments,
+    sources: Sequence[SourceState] = (),
+    created: str | None = None,
+) -> Delta:
+    """Write the files of some moments, which no manifest names yet; shards on workers write theirs.
+
+    Parameters
+    ----------
+    created
+        None for now
+
+    Raises
+    ------
+    DataError
+        the workers do not share the directory
+    OSError
+        it cannot be written
+    """
+    spec, token = moments.spec, uuid4().hex[:8]
+    totals = moments.summary.totals
     files: dict[str, TableFile] = {}
     shards = []
-    for name, shard, known in _written_cells(folder, moments, ending):
+    for name, shard, known in _written_cells(folder, moments, f"cells-{token}"):
         shards.append(replace(shard, name=name))
         files[name] = known
     sums = {"FtF": totals.FtF} | ({} if spec.weights is None else {"plain": totals.plain})
     content, known = table_bytes(pa.table({name: lists(x) for name, x in sums.items()}))
-    folder.put(f"columns{ending}", content)
-    manifest = Manifest(
-        schema=SCHEMA,
-        versions={
-            "python": platform.python_version(),
-            **{x: version(x) for x in ("dmixed", "numpy", "scipy", "pandas", "pyarrow")},
-        },
-        machine=platform.machine(),
-        formula=spec.formula.text,
-        words=spec.formula.words,
-        inputs=spec.formula.columns,
-        text_columns=tuple(sorted(spec.text_columns)),
-        weights=spec.weights,
-        offset=spec.offset,
-        missing=spec.missing,
+    name = f"columns-{token}.parquet"
+    folder.put(name, content)
+    files[name] = known
+    return Delta(
+        id=token,
+        created=created or datetime.now(UTC).isoformat(timespec="seconds"),
+        sources=tuple(sources),
         references=totals.referenced,
         dropped=dict(moments.dropped),
         frame=totals.frame,
@@ -103,21 +154,18 @@ def write(
         log_weights=totals.log_weights,
         recoding=totals.recoding,
         nobs=totals.nobs,
-        source=source,
         shards=tuple(shards),
-        sums=f"columns{ending}",
-        files={**files, f"columns{ending}": known},
+        sums=name,
+        files=files,
     )
-    folder.put(MANIFEST, record_bytes(manifest))
-    return manifest
 
 
 def _written_cells(
-    folder: Folder, moments: CellMoments | RemoteMoments, ending: str
+    folder: Folder, moments: CellMoments | RemoteMoments, stem: str
 ) -> list[tuple[str, ShardFile, TableFile]]:
     """Write the cells of every shard, here or on the workers."""
     if isinstance(moments, RemoteMoments):
-        names = [f"cells-{i:05}{ending}" for i in range(len(moments.futures))]
+        names = [f"{stem}-{i:05}.parquet" for i in range(len(moments.futures))]
         found = gather(moments.client, moments.each(_write_cells, names, folder=folder))
         for name, _, known in found:
             if folder.size(name) != known.size:
@@ -136,7 +184,7 @@ def _written_cells(
             group=moments.group.part(start, stop),
             sizes=(),
         )
-        found.append(_put_cells(shard, f"cells-{i:05}{ending}", folder))
+        found.append(_put_cells(shard, f"{stem}-{i:05}.parquet", folder))
     return found
 
 
@@ -169,36 +217,50 @@ def _put_cells(moments: CellMoments, name: str, folder: Folder) -> tuple[str, Sh
 # --------------------------------------------------------------------------- reading
 
 
-def read(folder: Folder, manifest: Manifest) -> CellMoments:
-    """Moments that `write` wrote, to the last bit.
+def read(folder: Folder, manifest: Manifest, deltas: Sequence[Delta] | None = None) -> CellMoments:
+    """The sum of deltas, all of them by default; of one, what was written to the last bit.
 
     Raises
     ------
     DataError
         naming the file, and what is missing, damaged or does not fit
     """
-    reader = _Reader.of(folder, manifest)
-    found = [reader.moments(i) for i in range(len(manifest.shards))]
-    whole = found[0] if len(found) == 1 else join(found)
-    file = folder.file(manifest.shards[0].name)
-    if whole.n_cells == 0 or not _once(whole.labels):
-        raise DataError(f"{file}: each label must be there once, also in the other shards")
-    return whole
+    readers = _readers(folder, manifest, deltas)
+    return merge([reader.whole() for reader in readers])
 
 
-def read_remote(folder: Folder, manifest: Manifest, client: Any) -> RemoteMoments:
-    """The same on the workers of a cluster: a task for each shard, which a lost worker repeats.
+def read_remote(
+    folder: Folder, manifest: Manifest, client: Any, deltas: Sequence[Delta] | None = None
+) -> RemoteMoments:
+    """The same on the workers of a cluster: tasks for each shard, which a lost worker repeats.
+
+    Deltas of fewer shards than the one of most are read whole, and divided as that is.
 
     Raises
     ------
     DataError
         naming the file, and what is missing, damaged or does not fit
     """
-    reader = _Reader.of(folder, manifest)
-    shards = list(range(len(manifest.shards)))
-    futures = client.map(reader.moments, shards, pure=False, retries=RETRIES)
+    readers = _readers(folder, manifest, deltas)
+    submit = partial(client.submit, pure=False, retries=RETRIES)
+    most = max(len(reader.delta.shards) for reader in readers)
+    columns = []
+    for reader in readers:
+        if len(reader.delta.shards) == most:
+            columns.append([submit(reader.moments, i) for i in range(most)])
+        else:
+            columns.append([submit(reader.piece, i, most) for i in range(most)])
+    futures = [
+        row[0] if len(row) == 1 else submit(merge, list(row)) for row in zip(*columns, strict=True)
+    ]
     summaries = gather(client, client.map(_summary, futures, pure=False, retries=RETRIES))
     return RemoteMoments(reduce(add, summaries), tuple(futures), client)
+
+
+def _readers(folder: Folder, manifest: Manifest, deltas: Sequence[Delta] | None) -> list[_Reader]:
+    spec = stored_spec(manifest, folder.file(manifest_name(manifest.version)))
+    chosen = manifest.deltas if deltas is None else deltas
+    return [_Reader.of(folder, delta, spec_of(spec, delta)) for delta in chosen]
 
 
 def _summary(moments: CellMoments) -> Any:
@@ -224,32 +286,44 @@ class _Reader:
     """
 
     folder: Folder
-    manifest: Manifest
+    delta: Delta
     spec: DesignSpec
     FtF: Floats
     plain: Floats
 
     @classmethod
-    def of(cls, folder: Folder, manifest: Manifest) -> _Reader:
-        spec = stored_spec(manifest, folder.file(MANIFEST))
-        k, names = len(manifest.columns), ["FtF"] if spec.weights is None else ["FtF", "plain"]
+    def of(cls, folder: Folder, delta: Delta, spec: DesignSpec) -> _Reader:
+        k, names = len(delta.columns), ["FtF"] if spec.weights is None else ["FtF", "plain"]
         wanted = [(name, list_type(k)) for name in names]
-        FtF, *plain = _table(folder, manifest, manifest.sums, wanted)
+        FtF, *plain = _table(folder, delta, delta.sums, wanted)
         if len(FtF) != k:
-            file = folder.file(manifest.sums)
+            file = folder.file(delta.sums)
             raise DataError(f"{file}: has {len(FtF)} rows, the model {k} columns")
-        # source and files of the rest stay here: tasks are to be small
-        return cls(folder, replace(manifest, source=None), spec, FtF, plain[0] if plain else FtF)
+        # sources stay here: tasks are to be small
+        return cls(folder, replace(delta, sources=()), spec, FtF, plain[0] if plain else FtF)
+
+    def whole(self) -> CellMoments:
+        """Moments of all shards."""
+        found = [self.moments(i) for i in range(len(self.delta.shards))]
+        whole = found[0] if len(found) == 1 else join(found)
+        if not _once(whole.labels):
+            file = self.folder.file(self.delta.shards[0].name)
+            raise DataError(f"{file}: each label must be there once, also in the other shards")
+        return whole
+
+    def piece(self, number: int, shards: int) -> CellMoments:
+        """One of so many shards of the moments."""
+        return split(self.whole(), shards)[number]
 
     def moments(self, number: int) -> CellMoments:
         """Moments of a shard; the first has the sums over all rows."""
-        manifest, spec, shard = self.manifest, self.spec, self.manifest.shards[number]
-        file, k, q = self.folder.file(shard.name), len(manifest.columns), len(manifest.random)
+        delta, spec, shard = self.delta, self.spec, self.delta.shards[number]
+        file, k, q = self.folder.file(shard.name), len(delta.columns), len(delta.random)
         types = map(label_type, shard.key_types)
         wanted = [*zip(spec.group, types, strict=True), ("rows", pa.int64())]
         wanted += [("WtF", list_type(q * k))]
         wanted += [("reference", list_type(k, pa.float32()))] * spec.references
-        columns = _table(self.folder, manifest, shard.name, wanted)
+        columns = _table(self.folder, delta, shard.name, wanted)
         arrays = columns[: len(spec.group)]
         rows, WtF, *reference = columns[len(spec.group) :]
         labels, counts = keys.Labels(spec.group, tuple(arrays)), rows.to_numpy()
@@ -261,29 +335,27 @@ class _Reader:
         FtF = self.FtF if first else np.zeros((k, k))
         plain = self.plain if first else np.zeros((k, k))
         group = GroupMoments(
-            columns=manifest.columns,
-            random=manifest.random,
+            columns=delta.columns,
+            random=delta.random,
             frame=spec.frame,
             WtF=WtF.reshape(len(labels), q, k),
             FtF=FtF,
             plain=plain if weighted else FtF,
             counts=counts,
-            log_weights=manifest.log_weights if first else 0.0,
-            reference=_checked(reference[0], manifest, file) if reference else None,
-            recoding=manifest.recoding,
+            log_weights=delta.log_weights if first else 0.0,
+            reference=_checked(reference[0], delta, file) if reference else None,
+            recoding=delta.recoding,
         )
-        return CellMoments(spec, manifest.levels, labels, group, manifest.dropped if first else {})
+        return CellMoments(spec, delta.levels, labels, group, delta.dropped if first else {})
 
 
-def _table(
-    folder: Folder, manifest: Manifest, name: str, wanted: Sequence[tuple[str, Any]]
-) -> list[Any]:
-    known = manifest.files[name]
+def _table(folder: Folder, delta: Delta, name: str, wanted: Sequence[tuple[str, Any]]) -> list[Any]:
+    known = delta.files[name]
     return table_arrays(folder.read(name, known.size), folder.file(name), known, wanted)
 
 
-def _checked(reference: References, manifest: Manifest, file: str) -> References:
-    none = [bool(x.cell) or not x.powers for x in manifest.columns]
+def _checked(reference: References, delta: Delta, file: str) -> References:
+    none = [bool(x.cell) or not x.powers for x in delta.columns]
     if reference[:, none].any():
         raise DataError(f"{file}: reference: must be 0 for the constant and columns of categories")
     return reference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ class SourceState:
     ----------
     kind
         see `Source`
+    location
+        path or URI from which it can be opened again, without credentials; "" without one
     rows_wanted
         filters in words, "" for all rows
     declared
@@ -32,6 +35,7 @@ class SourceState:
     """
 
     kind: str
+    location: str
     rows_wanted: str
     declared: str
     snapshot: str | None
@@ -40,6 +44,18 @@ class SourceState:
 
 def source_state(source: Source) -> SourceState:
     """What tells the rows of a source from others."""
+    return SourceState(
+        kind=source.kind,
+        location=getattr(source, "location", ""),
+        rows_wanted=wanted_text(source),
+        declared=_declared(source),
+        snapshot=source.snapshot,
+        files=source.fingerprints(),
+    )
+
+
+def wanted_text(source: Source) -> str:
+    """Filters of a source, in words that tell them from others."""
     wanted, texts = getattr(source, "filter", None), []
     if wanted is not None and wanted.alternatives is not None:
         texts.append(repr(wanted.alternatives))
@@ -49,9 +65,7 @@ def source_state(source: Source) -> SourceState:
     scan = getattr(source, "scan", None)
     if scan is not None:
         texts.append(repr(scan.row_filter))
-    return SourceState(
-        source.kind, "; ".join(texts), _declared(source), source.snapshot, source.fingerprints()
-    )
+    return "; ".join(texts)
 
 
 def _declared(source: Any) -> str:
@@ -69,10 +83,13 @@ def comparable(state: SourceState) -> bool:
     return bool(state.files) and (never or all(file.stamp for file in state.files))
 
 
-def differences(now: SourceState, was: SourceState | None) -> list[str]:
-    """What differs between two sets of rows, in words."""
-    if was is None:
+def differences(now: SourceState, states: Sequence[SourceState]) -> list[str]:
+    """What differs between some rows and those that were summed, in words."""
+    if not states:
         return ["it does not say of which data"]
+    if len(states) > 1:
+        return [f"it is of {len(states)} sets of rows that were added"]
+    (was,) = states
     if now.kind != was.kind:
         return [f"the data are of kind {now.kind!r}, they were {was.kind!r}"]
     found = []

@@ -121,7 +121,8 @@ def load(path: str | os.PathLike[str]) -> Stored:
     record = made_record(_Record, folder.read(RESULT, manifests.RECORD), file, SCHEMA)
     manifest = manifests.read_manifest(folder)
     if record_checksum(manifest) != record.moments:
-        raise DataError(f"{folder.file(manifests.MANIFEST)}: is of other moments than {file}")
+        own = folder.file(manifests.manifest_name(manifest.version))
+        raise DataError(f"{own}: is of other moments than {file}")
     moments = momentstore.read(folder, manifest)
     try:
         prepared = prepare(moments)

@@ -37,10 +37,8 @@ def dense(data: pd.DataFrame, Psi: np.ndarray, formula: str, reml: bool) -> floa
     n, y = len(data), data["y"].to_numpy()
     X = np.column_stack([np.ones(n), data["x"]])
     G, h = np.eye(20)[data["g"]], np.eye(6)[data["h"]]
-    if "(1 | h)" in formula:
-        columns = [[G], [h]]
-    else:
-        columns = [[G, G * data["x"].to_numpy()[:, None]]]
+    slopes = [[G, G * data["x"].to_numpy()[:, None]]]
+    columns = [[G], [h]] if "(1 | h)" in formula else slopes
     dH, place = [], 0
     H = np.eye(n)
     for Z in columns:

@@ -170,6 +170,11 @@ class DesignSpec:
         """Categorical inputs."""
         return tuple(x for x in self.inputs if isinstance(x, Category))
 
+    def with_crossproducts(self) -> DesignSpec:
+        """The same with all columns summed by group."""
+        needs = tuple(replace(need, random=(True,) * len(need.monomials)) for need in self.needs)
+        return replace(self, needs=needs, group_crossproducts=True)
+
     def compatible(self, other: DesignSpec) -> bool:
         """Whether moments made by both specs may be added."""
         return _key(self) == _key(other)
@@ -283,11 +288,9 @@ def specification(
     inputs, fixed_inputs, needs = _plan(
         formula, text_columns, fixed, terms, span(more, text_columns)
     )
-    if group_crossproducts:
-        needs = tuple(replace(need, random=(True,) * len(need.monomials)) for need in needs)
     variables = tuple(x.name for x in inputs if isinstance(x, Variable))
     extra = [x for x in (weights, offset) if x is not None]
-    return DesignSpec(
+    spec = DesignSpec(
         formula,
         text_columns,
         Frame(variables, (0.0,) * len(variables), (1.0,) * len(variables)),
@@ -303,8 +306,8 @@ def specification(
         dict(context or {}),
         tuple(dict.fromkeys([*formula.columns, *_names(more), *extra])),
         carry=tuple(carry),
-        group_crossproducts=group_crossproducts,
     )
+    return spec.with_crossproducts() if group_crossproducts else spec
 
 
 def carried_names(

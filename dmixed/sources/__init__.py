@@ -17,13 +17,29 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from dmixed.errors import DataError
-from dmixed.sources.base import Fingerprint, Part, Source, gathered, rows_per_part
+from dmixed.sources.base import (
+    FilesSource,
+    Fingerprint,
+    Part,
+    Source,
+    gathered,
+    rows_per_part,
+)
 from dmixed.sources.files import DeltaFolder, find_files
 from dmixed.sources.filters import Filter, make_filter, parse_filter
 from dmixed.sources.memory import arrow_source, pandas_source, polars_source
 from dmixed.sources.parquet import dataset_source, files_source
 
-__all__ = ["Fingerprint", "Part", "Source", "load", "open_source", "parse_filter", "stream"]
+__all__ = [
+    "FilesSource",
+    "Fingerprint",
+    "Part",
+    "Source",
+    "load",
+    "open_source",
+    "parse_filter",
+    "stream",
+]
 
 ACCEPTED = (
     "a pandas, polars or Dask DataFrame, a pyarrow Table or Dataset, a DeltaTable, an Iceberg "

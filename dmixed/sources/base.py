@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import pyarrow as pa
@@ -110,6 +110,21 @@ class Source(Protocol):
     @property
     def snapshot(self) -> str | None:
         """State of a table that has several, such as "delta version 3"."""
+
+
+@runtime_checkable
+class FilesSource(Source, Protocol):
+    """Rows in files that are listed without opening them."""
+
+    @property
+    def location(self) -> str:
+        """Path or URI from which they can be opened again, without credentials; "" without one."""
+
+    def listed(self) -> dict[str, tuple[int | None, str]]:
+        """Size and stamp of each file, see `Fingerprint`, by name."""
+
+    def only(self, names: Collection[str]) -> FilesSource:
+        """The same with some of the files, at least one."""
 
 
 def always_there() -> str | None:

@@ -127,6 +127,7 @@ def _source(
         tuple(states.get(file.path, (None, "")) for _, file in fragments),
         f"delta version {table.version()}",
         nullable=True,
+        location=name,
     )
     _ = source.filter_columns
     return source

@@ -49,6 +49,8 @@ class FileSet:
         what messages put before a path, "s3://" or nothing
     states
         for each file, its size in bytes and etag or time of modification, as it was listed
+    location
+        absolute path or URI, without credentials
     """
 
     filesystem: pa.fs.FileSystem
@@ -56,6 +58,7 @@ class FileSet:
     folders: tuple[dict[str, str | None], ...]
     prefix: str
     states: tuple[State, ...]
+    location: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ def find_files(
         tuple(_folder_values(below[p][:-1]) for p in paths),
         "" if "://" in paths[0] else scheme,
         tuple(_state(entries[p]) for p in paths),
+        redact(_absolute(location)),
     )
 
 

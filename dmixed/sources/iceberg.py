@@ -7,7 +7,7 @@ out files when planning; rows are then filtered as those of all other files are.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -55,6 +55,7 @@ class IcebergSource:
     snapshot: str | None
     filter: Filter | None = None
     kind: str = "iceberg"
+    location: str = ""
     _planned: list[FileScanTask] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -102,6 +103,15 @@ class IcebergSource:
             )
             for task in self._tasks()
         )
+
+    def listed(self) -> dict[str, tuple[int | None, str]]:
+        """Size and files of deletions of each data file, by name."""
+        return {file.name: (file.size, file.stamp) for file in self.fingerprints()}
+
+    def only(self, names: Collection[str]) -> IcebergSource:
+        """The same with some of the data files, at least one."""
+        tasks = [task for task in self._tasks() if redact(task.file.file_path) in names]
+        return replace(self, _planned=tasks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return IcebergSource, (self.scan, self.name, self.declared, self.snapshot, self.filter)

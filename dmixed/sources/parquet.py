@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from operator import and_
 from typing import Any, TypeAlias
@@ -58,6 +58,8 @@ class FileSource:
         see `Source`
     nullable
         whether files may lack columns, which are then of nulls
+    location
+        path or URI from which the files were found, without credentials
     """
 
     kind: str
@@ -68,6 +70,7 @@ class FileSource:
     states: tuple[State, ...] = ()
     snapshot: str | None = None
     nullable: bool = False
+    location: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -114,6 +117,22 @@ class FileSource:
                 )
             )
         return parts or [Part(self.name, 0, Read((), schema), names, nbytes=0)]
+
+    def listed(self) -> dict[str, State]:
+        """Size and stamp of each file whose folder is not excluded, by name; opens none."""
+        return {
+            self.fragments[i][0]: self.states[i] if self.states else _state(self.fragments[i][1])
+            for i in self._kept
+        }
+
+    def only(self, names: Collection[str]) -> FileSource:
+        """The same with some of the files."""
+        chosen = [i for i, (name, _) in enumerate(self.fragments) if name in names]
+        return replace(
+            self,
+            fragments=tuple(self.fragments[i] for i in chosen),
+            states=tuple(self.states[i] for i in chosen) if self.states else (),
+        )
 
     def index(self) -> pd.Index | None:
         """Return None: files have no row labels."""
@@ -233,7 +252,9 @@ def files_source(files: FileSet, wanted: Filter | None = None) -> FileSource:
         for path, expression in zip(files.paths, _expressions(files, keys), strict=True)
     ]
     found = tuple(zip(names, fragments, strict=True))
-    return FileSource("parquet", names[0], found, None, wanted, files.states)
+    return FileSource(
+        "parquet", names[0], found, None, wanted, files.states, location=files.location
+    )
 
 
 def dataset_source(data: ds.Dataset, wanted: Filter | None = None) -> FileSource | MemorySource:
