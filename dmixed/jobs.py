@@ -96,12 +96,12 @@ class Drift(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     limit: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
-        3.0,
+        default=3.0,
         description="Largest change of an estimate since the published version, in units of its "
         "standard error then; null for no limit.",
     )
     action: Literal["publish", "hold"] = Field(
-        "publish",
+        default="publish",
         description="Beyond the limit: publish all the same, or hold the version back until "
         "`dmixed refit --accept`. The exit status is 4 in both cases.",
     )
@@ -123,32 +123,34 @@ class Job(BaseModel):
     )
     store: Text = Field(description="Folder or URI of the moments; the first run makes it.")
     publish: Text = Field(description="Folder or URI of the results.")
-    reml: bool = Field(True, description="Restricted maximum likelihood, or maximum likelihood.")
-    weights: Text | None = Field(None, description="Column of weights.")
-    offset: Text | None = Field(None, description="Column of a known addition to the fixed part.")
+    reml: bool = Field(default=True, description="REML, or maximum likelihood.")
+    weights: Text | None = Field(default=None, description="Column of weights.")
+    offset: Text | None = Field(default=None, description="Column of a known addition.")
     missing: Literal["drop", "raise", "none"] = Field(
-        "drop", description="Rows with missing values: drop and count them, or stop."
+        default="drop", description="Rows with missing values: drop and count them, or stop."
     )
     filters: Conditions | None = Field(
-        None, description="Use the rows where all of [column, operator, value] hold."
+        default=None, description="Use the rows where all of [column, operator, value] hold."
     )
     carry: list[Text] = Field(
         default_factory=list, description="Terms to sum by group beside those of the formula."
     )
     group_crossproducts: bool = Field(
-        False, description="Sum all columns by group, so that a group can be taken out again."
+        default=False,
+        description="Sum all columns by group, so that a group can be taken out again.",
     )
-    window: Count | None = Field(None, description="Fit the last N appends only.")
+    window: Count | None = Field(default=None, description="Fit the last N appends only.")
     changed: Literal["error", "replace"] = Field(
-        "error", description="Files that changed since they were summed: stop, or sum them anew."
+        default="error",
+        description="Files that changed since they were summed: stop, or sum them anew.",
     )
     vanished: Literal["keep", "error"] = Field(
-        "keep", description="Files that are gone: keep their rows, or stop."
+        default="keep", description="Files that are gone: keep their rows, or stop."
     )
-    keep: Count = Field(30, description="Published versions that are kept.")
-    drift: Drift = Field(Drift(), description="When estimates count as drifted.")
+    keep: Count = Field(default=30, description="Published versions that are kept.")
+    drift: Drift = Field(default=Drift(), description="When estimates count as drifted.")
     scheduler: Text | None = Field(
-        None,
+        default=None,
         description="Dask scheduler, tcp://host:port; --scheduler and DASK_SCHEDULER_ADDRESS go "
         "before it.",
     )
@@ -264,7 +266,7 @@ def _yaml(text: str, name: str) -> _Yaml:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark = error.problem_mark
         line = f":{mark.line + 1}" if mark is not None else ""
         raise JobError([f"{name}{line}: is not YAML: {error.problem}"]) from None
     except (yaml.YAMLError, RecursionError) as error:
