@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +21,9 @@ from dmixed.sources.files import redact
 
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
 """Protocols of storages without directories: to make one would make a bucket."""
+
+UNNAMED = re.compile(r"\.[0-9a-f]{32}\.dmixed")
+"""Names of files that are being written, and of those that a killed process was writing."""
 
 REFUSED = {"PreconditionFailed", "ConditionalRequestConflict"}
 """Answers to a put that was to make a new object, where there is one or another is on its way."""

@@ -33,7 +33,7 @@ from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather
 from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments
-from dmixed.folders import Folder
+from dmixed.folders import UNNAMED, Folder
 from dmixed.manifests import (
     FILE_NAME,
     Delta,
@@ -94,8 +94,8 @@ def commit_or_clean(folder: Folder, manifest: Manifest, new: Sequence[Delta]) ->
 
 
 def is_own(name: str) -> bool:
-    """Whether a file is one that is written here."""
-    return FILE_NAME.fullmatch(name) is not None
+    """Whether a file is one that is written here, or was to become one."""
+    return FILE_NAME.fullmatch(name) is not None or UNNAMED.fullmatch(name) is not None
 
 
 def remove_files(folder: Folder, names: Iterable[str]) -> None:
