@@ -22,12 +22,11 @@ from dmixed.sources.files import redact
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
 """Protocols of storages without directories: to make one would make a bucket."""
 
+UNNAMED = re.compile(r"\.[0-9a-f]{32}\.dmixed")
+"""Names of files that are being written, and of those that a killed process was writing."""
+
 REFUSED = {"PreconditionFailed", "ConditionalRequestConflict"}
 """Answers to a put that was to make a new object, where there is one or another is on its way."""
-
-
-TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.dmixed")
-"""Names of files that are going to have another name, or are removed again."""
 
 
 @dataclass(frozen=True)
@@ -268,11 +267,6 @@ class Folder:
             if self._fs.info(path)["size"] > limit:
                 return None
         return bytes(self._fs.cat_file(path))
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file is one that `Folder` writes before it has its name."""
-    return TEMPORARY.fullmatch(name) is not None
 
 
 def lies_within(place: str, above: str) -> bool:

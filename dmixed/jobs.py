@@ -255,7 +255,7 @@ def _yaml(text: str, name: str) -> _Yaml:
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) is not None:
-                line = event.start_mark.line + 1
+                line = _line(event)
                 raise JobError([f"{name}:{line}: anchors and aliases are not read here"])
         loader = yaml.SafeLoader(text)
         try:
@@ -276,7 +276,7 @@ def _yaml(text: str, name: str) -> _Yaml:
 
 def _value(loader: Any, node: yaml.Node, path: Path_, lines: dict[Path_, int], name: str) -> Any:
     """What a node says; the lines are noted."""
-    here = node.start_mark.line + 1
+    here = _line(node)
     lines.setdefault(path, here)
     plain = f"tag:yaml.org,2002:{'map' if isinstance(node, yaml.MappingNode) else 'seq'}"
     if isinstance(node, yaml.ScalarNode):
@@ -290,7 +290,7 @@ def _value(loader: Any, node: yaml.Node, path: Path_, lines: dict[Path_, int], n
         return [_value(loader, x, (*path, i), lines, name) for i, x in enumerate(node.value)]
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
+        line = _line(key_node)
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
         if not isinstance(key, str):
             raise JobError([f"{name}:{line}: the name of a field must be text"])
@@ -299,6 +299,12 @@ def _value(loader: Any, node: yaml.Node, path: Path_, lines: dict[Path_, int], n
         lines[(*path, key)] = line
         found[key] = _value(loader, value_node, (*path, key), lines, name)
     return found
+
+
+def _line(node: yaml.Node | yaml.Event) -> int:
+    """Line on which something begins."""
+    assert node.start_mark is not None
+    return node.start_mark.line + 1
 
 
 def _dotted(path: Sequence[str | int]) -> str:

@@ -33,7 +33,7 @@ from dmixed.design import DesignSpec
 from dmixed.dispatch import RETRIES, gather
 from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments
-from dmixed.folders import Folder, is_temporary
+from dmixed.folders import UNNAMED, Folder
 from dmixed.manifests import (
     FILE_NAME,
     Delta,
@@ -94,13 +94,8 @@ def commit_or_clean(folder: Folder, manifest: Manifest, new: Sequence[Delta]) ->
 
 
 def is_own(name: str) -> bool:
-    """Whether a file is one that is written here."""
-    return FILE_NAME.fullmatch(name) is not None
-
-
-def is_left_behind(name: str) -> bool:
-    """Whether a file is nothing where there is no manifest: a killed process has left it."""
-    return is_own(name) or is_temporary(name)
+    """Whether a file is one that is written here, or was to become one."""
+    return FILE_NAME.fullmatch(name) is not None or UNNAMED.fullmatch(name) is not None
 
 
 def remove_files(folder: Folder, names: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from uuid import uuid4
 from dmixed.blocks import Floats
 from dmixed.drift import Estimate, Rows
 from dmixed.errors import DataError
-from dmixed.folders import Folder, is_temporary
+from dmixed.folders import UNNAMED, Folder
 from dmixed.records import made_record, record_bytes
 
 CURRENT, VERSION = "current.json", "version.json"
@@ -269,7 +269,7 @@ class Published:
                 age = self.folder.youngest(name)
                 if age is not None and age > ORPHAN:
                     self.folder.remove_folder(name)
-            elif is_temporary(name):
+            elif UNNAMED.fullmatch(name):
                 age = self.folder.age(name)
                 if age is not None and age > ORPHAN:
                     self.folder.remove(name)

@@ -242,7 +242,7 @@ class StoreDirectory:
                 self.commit([delta], [delta])
             known = self.manifest.files
             for name in self.folder.names():
-                age = self.folder.age(name) if momentstore.is_left_behind(name) else None
+                age = self.folder.age(name) if momentstore.is_own(name) else None
                 if name not in known and age is not None and age > ORPHAN:
                     self.folder.remove(name)
 
