@@ -267,8 +267,8 @@ def _yaml(text: str, name: str) -> _Yaml:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise JobError([f"{name}{line}: is not YAML: {error.problem}"]) from None
+        place = f"{name}:{mark.line + 1}" if mark is not None else name
+        raise JobError([f"{place}: is not YAML: {error.problem}"]) from None
     except (yaml.YAMLError, RecursionError) as error:
         raise JobError([f"{name}: is not YAML: {' '.join(str(error).split())}"]) from None
     return _Yaml(plain, lines)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -24,7 +23,7 @@ from dmixed.errors import DataError
 from dmixed.folders import UNNAMED, Folder
 from dmixed.records import made_record, record_bytes
 
-CURRENT, VERSION = "current.json", "version.json"
+CURRENT, VERSION, TABLES = "current.json", "version.json", "random_effects"
 CURRENT_SCHEMA, VERSION_SCHEMA = "dmixed-refit-current/1", "dmixed-refit-version/1"
 
 VERSION_ID = re.compile(r"\d{6,}-[0-9a-f]{12}")
@@ -45,15 +44,19 @@ class Factor:
     ----------
     label
         "g", "h:g", the name of a component
-    files
-        below ``random_effects``
+    files, sizes
+        below ``random_effects``, and their bytes
     keys
         columns that tell levels apart
     """
 
     label: str
     files: tuple[str, ...]
+    sizes: tuple[int, ...]
     keys: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.files) == len(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +209,29 @@ class Published:
         """Where the files of a version are."""
         return self.folder.below(version.id).below(version.attempt)
 
+    def check(self, version: Version) -> None:
+        """Refuse a version whose files are not as they were written.
+
+        Raises
+        ------
+        DataError
+            naming the file, which is missing or damaged
+        """
+        folder = self.files(version)
+        hint = f"; remove the folder {version.id} of results, and it is made anew"
+        try:
+            for name, checksum in version.files.items():
+                if hashlib.sha256(folder.read(name, SIZE)).hexdigest() != checksum:
+                    file = folder.file(name)
+                    raise DataError(f"{file}: is damaged or was changed: its checksum is wrong")
+            for factor in version.factors:
+                for name, size in zip(factor.files, factor.sizes, strict=True):
+                    path = f"{TABLES}/{name}"
+                    if folder.size(path) != size:
+                        raise DataError(f"{folder.file(path)}: is missing or damaged")
+        except DataError as error:
+            raise DataError(f"{error}{hint}") from None
+
     # ------------------------------------------------------------------ writing
 
     def attempt(self, name: str) -> Attempt:
@@ -273,19 +299,3 @@ class Published:
                 age = self.folder.age(name)
                 if age is not None and age > ORPHAN:
                     self.folder.remove(name)
-
-
-def checked_file(folder: Folder, name: str, files: Mapping[str, str]) -> bytes:
-    """Contents of a file of a version.
-
-    Raises
-    ------
-    DataError
-        naming the file, which is missing or damaged
-    """
-    content = folder.read(name, SIZE)
-    if hashlib.sha256(content).hexdigest() != files.get(name):
-        raise DataError(
-            f"{folder.file(name)}: is damaged or was changed: its checksum is not right"
-        )
-    return content

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import warnings
 from collections.abc import Iterator
@@ -42,32 +43,24 @@ from dmixed.preparation import Prepared
 from dmixed.progress import Progress, Report, open_progress
 from dmixed.published import (
     SIZE,
+    TABLES,
     VERSION_SCHEMA,
     Factor,
     Pointer,
     Published,
     Version,
-    checked_file,
 )
 from dmixed.resultfiles import RESULT, json_bytes, result_json
 from dmixed.results import MixedLMResults
 from dmixed.store import Appended
 from dmixed.turnover import factors_of, turnover_of
 
+logger = logging.getLogger("dmixed")
+
 _PLACES = "data", "store", "publish"
 
-DRIFT, DRIFT_TEXT, PROVENANCE, EFFECTS = (
-    "drift.json",
-    "drift.txt",
-    "provenance.json",
-    "random_effects",
-)
-PUBLISHED, NOTHING_NEW, HELD, NOT_CONVERGED = (
-    "published",
-    "nothing new",
-    "held",
-    "not converged",
-)
+DRIFT, DRIFT_TEXT, PROVENANCE = "drift.json", "drift.txt", "provenance.json"
+PUBLISHED, NOTHING_NEW, HELD, NOT_CONVERGED = "published", "nothing new", "held", "not converged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +145,10 @@ def refit(
         changed the store at the same time; what was published stays
     """
     store, appended = _store(job, client, progress)
+    logger.info(
+        "%s is at version %d: %d rows of %d files were new, %d files known",
+        store.uri, store.version, appended.nobs, len(appended.new), len(appended.skipped),
+    )  # fmt: skip
     name = version_name(job, store)
     run = _Run(job, store, Published(Folder.at(job.publish)), name)
     with run.reached():
@@ -321,13 +318,13 @@ class _Run:
     ) -> Version:
         """Write the files of a version, and then the version."""
         attempt, prepared = self.published.attempt(self.name), result._prepared
-        tables = attempt.folder.below(EFFECTS)
+        tables = attempt.folder.below(TABLES)
         result.ranef_table(out=tables.location)
         factors = factors_of(prepared, tables)
-        attempt.note(f"{EFFECTS}/{MANIFEST}", tables.read(MANIFEST, SIZE))
+        attempt.note(f"{TABLES}/{MANIFEST}", tables.read(MANIFEST, SIZE))
         drift = self._drift(result, moments, before, comparable, score, factors, tables)
         limit = self.job.drift.limit
-        names = [f"{EFFECTS}/{file}" for factor in factors for file in factor.files]
+        names = [f"{TABLES}/{file}" for factor in factors for file in factor.files]
         attempt.put(RESULT, result_json(result, names))
         attempt.put(DRIFT, json_bytes(drift_record(drift, limit)))
         attempt.put(DRIFT_TEXT, drift_text(drift, limit).encode())
@@ -374,7 +371,7 @@ class _Run:
         )
         turnover = {}
         if comparable is not None:
-            folder = self.published.files(comparable).below(EFFECTS)
+            folder = self.published.files(comparable).below(TABLES)
             turnover = dict(turnover_of(factors, tables, comparable.factors, folder))
         return Drift(
             version=self.name,
@@ -429,8 +426,10 @@ class _Run:
         drifted = beyond(made.largest, drift.limit) and not accept
         folder = self.published.files(made)
         held = drifted and drift.action == "hold"
+        self.published.check(made)
         if not held:
             self.published.publish(made, self.job.keep)
+            logger.info("published %s", made.id)
         self.published.tidy(made.id)
         return Outcome(
             status=HELD if held else PUBLISHED,
@@ -440,7 +439,7 @@ class _Run:
             appended=appended,
             drift=drifted,
             largest=made.largest,
-            text=checked_file(folder, DRIFT_TEXT, made.files).decode(),
+            text=folder.read(DRIFT_TEXT, SIZE).decode(),
         )
 
 

@@ -16,9 +16,6 @@ from dmixed.places import MANIFEST
 from dmixed.preparation import Prepared
 from dmixed.published import SIZE, Factor
 
-EFFECT = "effect"
-"""Column of a component's table that tells the levels within a group apart."""
-
 
 def factors_of(prepared: Prepared, folder: Folder) -> tuple[Factor, ...]:
     """The tables that `MixedLMResults.ranef_table` has written to a folder.
@@ -40,13 +37,14 @@ def factors_of(prepared: Prepared, folder: Folder) -> tuple[Factor, ...]:
     for path in manifest["columns"]:
         place, slash, name = path.partition("/") if len(keys) > 1 else ("", "", path)
         columns.setdefault(place + slash, []).append(name)
-    files = [entry["file"] for entry in manifest["files"]]
+    files = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
     if len(columns) != len(keys):
         raise DataError(f"{folder.file(MANIFEST)}: has {len(columns)} tables, not {len(keys)}")
     return tuple(
         Factor(
             label,
             tuple(file for file in files if file.startswith(place)),
+            tuple(size for file, size in files.items() if file.startswith(place)),
             tuple(columns[place][:count]),
         )
         for (label, count), place in zip(keys.items(), columns, strict=True)
