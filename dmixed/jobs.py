@@ -37,6 +37,9 @@ SCHEMA = "dmixed-refit/1"
 SIZE = 2**16
 """Bytes of a job file at most."""
 
+DEPTH = 6
+"""Collections within each other at most."""
+
 PLACES = ("data", "store", "publish", "scheduler")
 """Fields in which ``${NAME}`` stands for an environment variable."""
 
@@ -253,10 +256,14 @@ def _yaml(text: str, name: str) -> _Yaml:
     """
     lines: dict[Path_, int] = {}
     try:
+        depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:  # the time to read them is quadratic
+                raise JobError([f"{name}:{_line(event)}: has lists within lists within lists"])
             if getattr(event, "anchor", None) is not None:
-                line = _line(event)
-                raise JobError([f"{name}:{line}: anchors and aliases are not read here"])
+                raise JobError([f"{name}:{_line(event)}: anchors and aliases are not read here"])
         loader = yaml.SafeLoader(text)
         try:
             root = loader.get_single_node()
