@@ -196,7 +196,10 @@ class Published:
         if folder.size(VERSION) is None:
             return None
         file = folder.file(VERSION)
-        found = made_record(Version, folder.read(VERSION, SIZE), file, VERSION_SCHEMA)
+        try:
+            found = made_record(Version, folder.read(VERSION, SIZE), file, VERSION_SCHEMA)
+        except DataError as error:
+            raise DataError(f"{error}; remove that folder, and what it has is made anew") from None
         q = len(found.labels)
         tables = [name for factor in found.factors for name in factor.files]
         if found.id != name or not ATTEMPT.fullmatch(found.attempt) or found.Psi.size != q * q:
