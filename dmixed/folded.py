@@ -131,6 +131,16 @@ class FoldedEffects:
         """Conditional covariances given beta and the variances, as ``ranef_cov()`` of a result."""
         return self._clusters.ranef_cov()
 
+    @property
+    def random_effects(self) -> dict[Any, pd.Series]:
+        """BLUPs by group label, as ``random_effects`` of a result."""
+        return self._clusters.random_effects
+
+    @property
+    def random_effects_cov(self) -> dict[Any, pd.DataFrame]:
+        """Conditional covariances by group label, as ``random_effects_cov`` of a result."""
+        return self._clusters.random_effects_cov
+
     def ranef_table(
         self,
         condvar: bool = True,
