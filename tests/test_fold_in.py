@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import dask.dataframe as dd
 import numpy as np
@@ -13,12 +14,16 @@ import pytest
 from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import model_of
 from scipy.linalg import block_diag
 
 import dmixed
 from dmixed import DataError, MissingDataError, NotSupportedError, onelevel
+from dmixed.blocks import Recoding
+from dmixed.design import block
 from dmixed.folded import _Clusters
 from dmixed.nested import Bucket
+from dmixed.precision import _candidates
 
 N = 200
 
@@ -32,7 +37,11 @@ def table(n=N, groups=10, seed=0, spread=1.0):
     b = np.random.default_rng(7)
     d["y"] = d.x + spread * b.normal(size=50)[g] * (1 + 0.7 * d.x) + b.normal(size=(50, 9))[g, h]
     d["y"] += b.normal(size=9)[h] + rng.normal(size=n)
-    d["g"], d["h"], d["r"] = [f"g{i}" for i in g], h, [f"r{i}-{j}" for i, j in zip(g, h)]
+    d["g"], d["h"], d["r"] = (
+        [f"g{i}" for i in g],
+        h,
+        [f"r{i}-{j}" for i, j in zip(g, h, strict=True)],
+    )
     return d
 
 
@@ -42,7 +51,7 @@ def rows():
     new.loc[new.g == "g1", "g"] = "new"
     new.loc[new.g == "g2", "g"] = "newer"
     new.loc[new.index[new.g == "g0"][:2], "h"] = 8
-    new["r"] = [f"{g}-{h}".replace("g", "r", 1) for g, h in zip(new.g, new.h)]
+    new["r"] = [f"{g}-{h}".replace("g", "r", 1) for g, h in zip(new.g, new.h, strict=True)]
     return new
 
 
@@ -80,7 +89,8 @@ class Dense:
     def values(self, label, index):
         """Effects of the levels of an index, and their standard errors."""
         b, se = {}, {}
-        for (own, level, name), value, variance in zip(self.names, self.b, np.diag(self.C)):
+        found = zip(self.names, self.b, np.diag(self.C), strict=True)
+        for (own, level, _), value, variance in found:
             if own == label:
                 b.setdefault(level, []).append(value)
                 se.setdefault(level, []).append(np.sqrt(variance))
@@ -145,7 +155,10 @@ def test_effects_are_the_dense_ones(formula, options):
     assert set(new.g) <= set(groups)
     if formula in NESTED:
         assert set(groups) == set(new.g)
-        assert sorted(folded.new_groups.get_level_values("g").unique()) >= ["new", "newer"]
+        unseen = new[~new.g.isin(d.g)]
+        assert {"new", "newer"} <= set(folded.new_groups.get_level_values("g"))
+        if folded.new_groups.nlevels == 1:
+            assert sorted(unseen.g.unique()) == list(folded.new_groups)
 
 
 @pytest.mark.parametrize("formula", NESTED)
@@ -213,7 +226,7 @@ def test_unchanged_by_batches(cuts, random):
     assert folded.nobs == want.nobs == len(new)
     assert folded.new_groups.equals(want.new_groups)
     for a, b in zip(folded.ranef_table().values(), want.ranef_table().values(), strict=True):
-        assert a[a.columns[:2]].equals(b[b.columns[:2]]) or len(a.columns) < 4
+        assert a.select_dtypes(exclude="number").equals(b.select_dtypes(exclude="number"))
         assert np.allclose(a.select_dtypes("number"), b.select_dtypes("number"), rtol=0, atol=1e-10)
 
 
@@ -258,8 +271,8 @@ def test_missing_values_as_the_fit_was_told():
     want = result.fold_in(new.drop(index=[3, 5, 7])).ranef()
     assert np.allclose(folded.ranef(), want, rtol=0, atol=1e-12)
     strict = fitted("y ~ x + f + (1 | g)", missing="raise")
-    with pytest.raises(MissingDataError, match="y: missing in row 5"):
-        strict.fold_in(new.drop(index=3).reset_index(drop=True).rename(index=lambda i: i).iloc[1:])
+    with pytest.raises(MissingDataError, match="x: missing in row 3"):
+        strict.fold_in(new)
 
 
 def test_arrays_of_weights_and_offset():
@@ -274,7 +287,7 @@ def test_arrays_of_weights_and_offset():
         result.fold_in(new, weights="w", offset=new.off)
     with pytest.raises(DataError, match="has them in the column 'w'"):
         named.fold_in(new, weights=new.w)
-    with pytest.raises(DataError, match="offset= goes with .* this has none"):
+    with pytest.raises(DataError, match=r"offset= goes with .* this has none"):
         fitted("y ~ x + f + (1 | g)").fold_in(new, offset=new.off)
 
 
@@ -288,7 +301,7 @@ def dense_errors(result, dense, d, terms):
     for label, own, key in terms:
         values = columns(d, own)
         for j, name in enumerate(own):
-            for i, level in enumerate(zip(*(d[k] for k in key))):
+            for i, level in enumerate(zip(*(d[k] for k in key), strict=True)):
                 Z[i, dense.names.index((label, level, name))] = values[i, j]
     A = X - Z @ dense.B
     cov = result.cov_fe.to_numpy()
@@ -353,8 +366,7 @@ def test_variance_components(component, re_formula):
     held = params.from_components(
         np.zeros(result.k_fe), np.zeros((result.k_re,) * 2), vcomp=np.zeros(1)
     )
-    with pytest.warns(dmixed.ConvergenceWarning) if False else nothing():
-        all_rows = model.fit(start_params=params, free=held)
+    all_rows = model.fit(start_params=params, free=held)
     assert np.allclose(all_rows.fe_params, result.fe_params, rtol=1e-12)
     found, want = folded.random_effects, all_rows.random_effects
     assert set(found) == set(new.g)
@@ -366,28 +378,38 @@ def test_variance_components(component, re_formula):
         assert np.allclose(folded.random_effects_cov[g], cov, rtol=0, atol=1e-8)
 
 
-def nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
 # --------------------------------------------------------------------------- special designs
 
 
-def test_a_combination_of_levels_without_rows_in_the_fit():
-    """Its cell is a column that the fit's sums have not; random columns have such cells too."""
+@pytest.mark.parametrize("recoded", [False, True])
+@pytest.mark.parametrize("bar", ["(1 + x | g)", "(1 | g/h)"])
+def test_a_combination_of_levels_without_rows_in_the_fit(bar, recoded):
+    """Its cell is a column that the sums of the fit do not have."""
     d, new = table(seed=3), rows()
     d["k"] = np.where(np.arange(len(d)) % 3 > 0, "p", "q")
     d = d[~((d.f == "a") & (d.k == "q"))].reset_index(drop=True)
     new["k"] = np.where(np.arange(len(new)) % 2 > 0, "p", "q")
     assert ((new.f == "a") & (new.k == "q")).any()
-    result = dmixed.lmer("y ~ x * f * k + (1 + x | g)", d)
-    both = pd.concat([d, new], ignore_index=True)
-    check_by_predictions(result, d, new, ["1", "x"], both)
+    model = model_of(f"y ~ x * f * k + {bar}", d)
+    if recoded:
+        made = block(model.spec, pa.Table.from_pandas(d)).block
+        names = _candidates(made)
+        S = np.triu(np.random.default_rng(1).normal(size=(len(names),) * 2), 1) + np.eye(len(names))
+        recoding = Recoding(names, tuple(map(tuple, S.tolist())))
+        vars(model)["spec"] = replace(model.spec, references=True, recoding=recoding)
+    result = model.fit()
+    assert (result._prepared.here.group.recoding is not None) == recoded
+    if "h" in bar:
+        strange = new[new.f.eq("a") & new.k.eq("q")].assign(g="new", h=0)
+        found = result.fold_in(strange).predict(strange) - result.predict(strange)
+        tau2 = sum(x.iloc[0, 0] for x in result.varcorr().values())
+        residual = (strange.y - result.predict(strange)).mean()
+        assert np.allclose(found, tau2 / (tau2 + result.scale / len(strange)) * residual, atol=1e-8)
+        return
+    check_by_predictions(result, new, ["1", "x"], pd.concat([d, new], ignore_index=True))
 
 
-def check_by_predictions(result, d, new, random, both):
+def check_by_predictions(result, new, random, both):
     """The fixed part as `predict` has it, the effects by the formula."""
     D = result.cov_re.to_numpy()
     table_ = result.fold_in(new).ranef()
@@ -408,7 +430,7 @@ def test_random_columns_in_a_new_combination():
     new.loc[new.index[:12], "k"] = "p"
     result = dmixed.lmer("y ~ x + f + k + (0 + f + k | g)", d)
     D = result.cov_re.to_numpy()
-    assert list(result.cov_re.index) == ["f[a]", "f[b]", "k[T.q]"] or len(D) == 3
+    assert D.shape == (3, 3)
     both = pd.concat([d, new], ignore_index=True)
     found = result.fold_in(new).ranef()
     for g in found.index:
@@ -422,29 +444,56 @@ def test_random_columns_in_a_new_combination():
 def test_learned_transforms_are_those_of_the_fit():
     d, new = table(), rows()
     result = dmixed.lmer("y ~ scale(x) + poly(x, 2):f + (1 + x | g)", d)
-    check_by_predictions(result, d, new, ["1", "x"], pd.concat([d, new], ignore_index=True))
+    check_by_predictions(result, new, ["1", "x"], pd.concat([d, new], ignore_index=True))
+
+
+def dwarfed(d):
+    """Group effects and a covariate that dwarf the noise, and nearly dependent columns."""
+    d = d.rename(columns={"x": "z"})
+    d["y"] += 1e5 * np.random.default_rng(8).normal(size=50)[d.g.str[1:].astype(int)]
+    return d.assign(x=d.z + 1e-5 * d.off, y=d.y + 1e3 * d.z)
 
 
 @pytest.mark.parametrize("weights", [None, "w"])
 def test_references_and_recoding(weights):
-    """Group effects and a slope that dwarf the noise: sums are about a row of each group."""
-    d, new = table(spread=1e6), table(25, 3, seed=1, spread=1e6)
+    """Sums about a row of each group, of columns that are recoded: no digit is lost with them."""
+    d, new = dwarfed(table()), dwarfed(table(25, 3, seed=1))
     new.loc[new.g == "g1", "g"] = "new"
-    for t in (d, new):
-        t["x"] += 1e5
-        t["y"] += 1e4 * t.x
-    result = dmixed.lmer("y ~ x + f + (1 | g)", d, weights=weights)
+    result = dmixed.lmer("y ~ x + z + f + (1 | g)", d, weights=weights)
     group = result._prepared.here.group
-    assert group.reference is not None or group.recoding is not None
-    both = pd.concat([d, new], ignore_index=True)
-    dense = Dense(result, both, [("g", ["1"], ["g"])], weights=weights)
-    found = result.fold_in(new)
-    b, se = dense.values("g", found.ranef().index)
-    assert np.allclose(found.ranef(), b, rtol=1e-9)
-    assert np.allclose(found.ranef_table()["se(Intercept)"], se[:, 0], rtol=1e-7)
-    own = d[d.g == "g0"].assign(g="copy")
-    copy = result.fold_in(own).ranef().loc["copy"]
-    assert np.allclose(copy, result.ranef().loc["g0"], rtol=1e-10)
+    assert group.reference is not None
+    assert group.recoding is not None
+    folded = result.fold_in(new)
+    found, table_ = folded.ranef()["Intercept"], folded.ranef_table().set_index("g")
+    tau2, both = result.cov_re.iloc[0, 0], pd.concat([d, new], ignore_index=True)
+    for g in ("g0", "g2", "new"):
+        own = both[both.g == g]
+        w = own.w if weights else own.w * 0 + 1
+        residual = own.y - result.predict(own)
+        shrunk = tau2 / (tau2 + result.scale / w.sum())
+        want = shrunk * np.average(residual, weights=w)
+        assert found[g] == pytest.approx(want, rel=1e-9)
+        se = np.sqrt(shrunk * result.scale / w.sum())
+        assert table_.loc[g, "se(Intercept)"] == pytest.approx(se, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    ["y ~ x + z + f + (1 | g)", "y ~ x + z + f + (1 | g/h)", "y ~ z + f + (1 | g) + (1 | h)"],
+)
+def test_references_in_batches(formula):
+    """Each batch has references of its own for the same group."""
+    d = dwarfed(table())
+    result = dmixed.lmer(formula, d)
+    copy = d.assign(g="copy of " + d.g, h=d.h + 10)
+    folded = result.fold_in(copy.iloc[::3])
+    for start in (1, 2):
+        folded = folded.fold_in(copy.iloc[start::3])
+    found, want = folded.ranef(), result.ranef()
+    if not isinstance(want, dict):
+        found, want = {"": found}, {"": want}
+    for name, own in want.items():
+        assert np.allclose(found[name], own, rtol=1e-7, atol=1e-5)
 
 
 def test_variances_of_zero():
@@ -592,4 +641,4 @@ def test_nothing_is_changed():
         assert a.equals(b)
     with pytest.raises(AttributeError):
         folded.result = result
-    assert "3 groups, 2 of them new" in repr(folded) or "of them new" in repr(folded)
+    assert "with 25 new rows at the estimates of 'y ~ x + f + (1 | g/h)'" in repr(folded)
