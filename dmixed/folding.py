@@ -19,7 +19,7 @@ from dmixed.bases import Coordinates
 from dmixed.blocks import Column, Floats
 from dmixed.cellmoments import CellMoments, join, without_totals
 from dmixed.coordinates import coarsest_cells
-from dmixed.design import Design
+from dmixed.design import Design, TermDesign
 from dmixed.dispatch import gather, one_blas_thread
 from dmixed.errors import DataError, NotSupportedError
 from dmixed.evaluation import RemoteMoments
@@ -171,9 +171,9 @@ def prepare_cells(outline: Outline, parts: Sequence[CellMoments]) -> Prepared:
     moments = replace(parts[0], labels=labels, group=group, sizes=())
     design, whole = outline.design, outline.problem
     group_codes, groups = keys.subset(labels, group_key(design))
-    own_T = _random_coefficients(outline, group)
     terms, levels = [], []
-    for own, term, T in zip(outline.terms, whole.terms, own_T, strict=True):
+    for own, term in zip(outline.terms, whole.terms, strict=True):
+        T = _random_columns(design, whole, own, term, group)
         codes, found = keys.subset(labels, own.key)
         left_out = reference_levels(labels, own.reduced, group_codes)
         codes = np.where(left_out, -1, codes) if left_out is not None else codes
@@ -211,14 +211,19 @@ def _placed(columns: Sequence[Column], known: Sequence[Column], T: Floats) -> Fl
     return found
 
 
-def _columns_of_model(design: Design, whole: Problem, group: GroupMoments) -> Floats:
-    """[X y] (k, p + 1) in working coordinates from the columns of some cells.
+def _all_met(design: Design, group: GroupMoments) -> bool:
+    """Whether the fit has all columns of some cells.
 
-    Where all of these are columns of the fit, with its very coefficients. They are written in the
-    cells of categories that the fit has met; rows of others need the coefficients of X itself.
+    Then its own coefficients in working coordinates serve. They are written in those combinations
+    of categories that the fit has met, and say nothing of rows of others.
     """
+    return set(group.columns) <= set(design.columns)
+
+
+def _columns_of_model(design: Design, whole: Problem, group: GroupMoments) -> Floats:
+    """[X y] (k, p + 1) in working coordinates from the columns of some cells."""
     columns, fixed, response = group.columns, whole.fixed, whole.response
-    if set(columns) <= set(design.columns):
+    if _all_met(design, group):
         work = np.column_stack([fixed.work, response.work])
         return _placed(columns, design.columns, coarsest_cells(design.columns, work))
     p = len(design.fixed_names)
@@ -229,21 +234,21 @@ def _columns_of_model(design: Design, whole: Problem, group: GroupMoments) -> Fl
     return group.coded(np.column_stack([X, y]))
 
 
-def _random_coefficients(outline: Outline, group: GroupMoments) -> list[Floats]:
-    """Per term T (k, c) in natural coordinates, of the columns of some cells."""
-    design, whole, found = outline.design, outline.problem, []
-    ends = np.cumsum([len(design.fixed_names), *(len(t.names) for t in design.terms)])
-    for own, term in zip(outline.terms, whole.terms, strict=True):
-        T = _placed(group.columns, design.columns, term.T)
-        if design.unmet:
-            at = next(i for i, x in enumerate(design.terms) if x is own)
-            unmet = design.T_unmet[:, ends[at] : ends[at + 1]]
-            block = whole.factors.blocks.slices[term.block]
-            natural = whole.natural[block, block]
-            unmet = unmet / natural[0, 0] if term.repeated else unmet @ np.linalg.inv(natural)
-            T += group.coded(_placed(group.columns, design.unmet, unmet))
-        found.append(T)
-    return found
+def _random_columns(
+    design: Design, whole: Problem, own: TermDesign, term: Term, group: GroupMoments
+) -> Floats:
+    """Columns (k, c) of a random term in natural coordinates from the columns of some cells.
+
+    Combinations of levels without rows in the fit have no part in them: a bar with one would have
+    dependent columns, which the fit refuses.
+    """
+    if _all_met(design, group):
+        return _placed(group.columns, design.columns, term.T)
+    block = whole.factors.blocks.slices[term.block]
+    T = _placed(group.columns, design.columns, own.T)
+    natural = whole.natural[block, block]
+    T = T / natural[0, 0] if term.repeated else T @ np.linalg.inv(natural)
+    return group.coded(T)
 
 
 # --------------------------------------------------------------------------- lookups

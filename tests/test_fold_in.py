@@ -422,23 +422,44 @@ def check_by_predictions(result, new, random, both):
     assert set(table_.index) == set(new.g)
 
 
-def test_random_columns_in_a_new_combination():
+@pytest.mark.parametrize("bar", ["(1 + x | g)", "(1 + f | g)"])
+@pytest.mark.parametrize("options", [{"group_crossproducts": True}, {"carry": ["f:k"]}])
+def test_sums_by_group_of_columns_that_are_not_random(options, bar):
+    """The bars' columns are written in cells of the others, some of which the fit has not met."""
     d, new = table(seed=3), rows()
+    for t in (d, new):
+        t["k"] = np.where(np.arange(len(t)) % 3 > 0, "p", "q")
+    d = d[~((d.f == "a") & (d.k == "q"))].reset_index(drop=True)
+    result = dmixed.collect(f"y ~ x + f * k + {bar}", d, **options).fit()
+    random = ["1", "x"] if "x" in bar else ["1", "fb"]
+    check_by_predictions(result, new, random, pd.concat([d, new], ignore_index=True))
+
+
+@pytest.mark.parametrize("bar", ["0 + f:k", "1 + C(f, Sum):C(k, Sum)", "f * k", "0 + x:f:k"])
+def test_no_random_column_is_of_a_new_combination(bar):
+    """Why `folding` need not look for any: the fit refuses them."""
+    d = table(seed=3)
     d["k"] = np.where(np.arange(len(d)) % 3 > 0, "p", "q")
-    d = d[~((d.f == "b") & (d.k == "q") & (d.x > -9))].reset_index(drop=True)
-    new["k"] = "q"
-    new.loc[new.index[:12], "k"] = "p"
-    result = dmixed.lmer("y ~ x + f + k + (0 + f + k | g)", d)
-    D = result.cov_re.to_numpy()
-    assert D.shape == (3, 3)
-    both = pd.concat([d, new], ignore_index=True)
-    found = result.fold_in(new).ranef()
-    for g in found.index:
-        own = both[both.g == g]
-        Z = np.column_stack([own.f == "a", own.f == "b", own.k == "q"]).astype(float)
-        V = Z @ D @ Z.T + result.scale * np.eye(len(own))
-        b = D @ Z.T @ np.linalg.solve(V, own.y - result.predict(own))
-        assert np.allclose(found.loc[g], b, rtol=0, atol=1e-8)
+    d = d[~((d.f == "b") & (d.k == "q"))]
+    with pytest.raises(DataError, match="linear combination of the others"):
+        dmixed.lmer(f"y ~ x + f + k + ({bar} | g)", d)
+
+
+def test_factors_linked_through_others():
+    """A chain of crossed levels: new rows at one end change the effects at the other."""
+    rng, i = np.random.default_rng(4), np.arange(240)
+    d = pd.DataFrame({"x": rng.normal(size=240), "f": rng.choice(["a", "b"], 240)})
+    d["g"], d["h"] = [f"g{j}" for j in i // 10], (i + 5) // 10 + (i >= 120)  # two chains
+    d["y"] = rng.normal(size=24)[i // 10] + rng.normal(size=26)[d.h] + rng.normal(size=240)
+    result = dmixed.lmer("y ~ x + f + (1 | g) + (1 | h)", d)
+    new = d.iloc[:4].assign(y=d.y + 3)
+    folded = result.fold_in(new)
+    terms = [("g", ["1"], ["g"]), ("h", ["1"], ["h"])]
+    assert_dense(folded, Dense(result, pd.concat([d, new], ignore_index=True), terms), terms)
+    assert set(folded.ranef()["g"].index) == {f"g{j}" for j in range(12)}
+    assert set(folded.ranef()["h"].index) == set(range(13))
+    others = d.iloc[120:]
+    assert np.array_equal(folded.predict(others), result.predict(others, groups=True))
 
 
 def test_learned_transforms_are_those_of_the_fit():
