@@ -11,6 +11,7 @@ from dmixed.errors import (
     MissingDataError,
     NotSupportedError,
 )
+from dmixed.folded import FoldedEffects
 from dmixed.model import MixedLM, lmer, mixedlm
 from dmixed.moments import GroupMoments
 from dmixed.params import MixedLMParams, VCSpec
@@ -23,6 +24,7 @@ __all__ = [
     "ConvergenceWarning",
     "DataError",
     "DmixedError",
+    "FoldedEffects",
     "FormulaError",
     "GroupMoments",
     "MissingDataError",

@@ -88,7 +88,7 @@ class CellMoments:
         sizes = self.sizes or [min(CELLS, n - i) for i in range(0, n, CELLS)] or [0]
         ends = np.cumsum(sizes).tolist()
         parts = [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        return [parts[0], *map(_without_totals, parts[1:])]
+        return [parts[0], *map(without_totals, parts[1:])]
 
     def __add__(self, other: CellMoments) -> CellMoments:
         """Moments of both sets of rows; cells are aligned by label, columns by name."""
@@ -211,11 +211,11 @@ def split(moments: CellMoments, shards: int, of: int = 1) -> list[CellMoments]:
     order = np.argsort(shard, kind="stable")
     ends = np.cumsum(np.bincount(shard, minlength=shards))
     whole = [moments.take(own) for own in np.split(order, ends[:-1])]
-    rest = [replace(m, group=_without_totals(m.group), dropped={}) for m in whole[1:]]
+    rest = [replace(m, group=without_totals(m.group), dropped={}) for m in whole[1:]]
     return [whole[0], *rest]
 
 
-def _without_totals(group: GroupMoments) -> GroupMoments:
+def without_totals(group: GroupMoments) -> GroupMoments:
     """The same cells, but zero in place of the sums over all rows."""
     nothing = np.zeros_like(group.FtF)
     plain = nothing if group.plain is group.FtF else np.zeros_like(group.plain)

@@ -295,6 +295,21 @@ def one_level(moments: GroupMoments, model: Coordinates) -> Shard:
     return Shard(part, merged(part, q), found)
 
 
+def factored(moments: GroupMoments, model: Coordinates) -> tuple[OneLevel | Bucket, ...]:
+    """What some cells hold, in coordinates that others have decided; see `Factors.parts`.
+
+    Only sums by cell are used, none over all rows.
+
+    Raises
+    ------
+    levels.TooManyLevels
+        factors are crossed in more levels than dense algebra can take
+    """
+    if _each_for_itself(model.terms, moments.n_groups):
+        return (one_level(moments, model).part,)
+    return _clusters(moments, model, _centred_cells(moments, model.terms))[0]
+
+
 def problem(
     moments: GroupMoments,
     exog: Floats,

@@ -153,6 +153,18 @@ def lookup(labels: Labels, queries: Labels) -> Positions:
     return positions
 
 
+def lookup_few(labels: Labels, queries: Labels) -> Positions:
+    """`lookup` where the queries are few: labels are compared with them, and none is hashed."""
+    candidates: NDArray[np.bool_] | None = None
+    for name, own, asked in zip(labels.names, labels.arrays, queries.arrays, strict=True):
+        array, values = one_type([own, asked], name)
+        met = pc.is_in(array, value_set=values).to_numpy(zero_copy_only=False)
+        candidates = met if candidates is None else candidates & met
+    assert candidates is not None
+    places = np.append(np.flatnonzero(candidates), -1)
+    return np.asarray(places[lookup(labels.take(places[:-1]), queries)])
+
+
 def subset(labels: Labels, positions: Sequence[int]) -> tuple[Positions, Labels]:
     """Projection of labels on some of their key columns.
 

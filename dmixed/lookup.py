@@ -209,6 +209,21 @@ class Lookup:
             size += self.errors.cov.nbytes + self.errors.slope.nbytes
         return size + sum(array.nbytes for x in known.values() for array in x.labels.arrays)
 
+    def without(self, cells: keys.Labels) -> Lookup:
+        """Lookup without the levels that some cells have, which no other cell shares."""
+        left: dict[tuple[int, ...], tuple[Known, NDArray[np.intp]]] = {}
+        terms = []
+        for term in self.terms:
+            if term.key not in left:
+                left[term.key] = _left(term.known, keys.subset(cells, term.key)[1])
+            known, places = left[term.key]
+            terms.append(TermEffects(term.key, known, term.effects[places]))
+        errors = self.errors
+        if errors is not None:
+            known, places = _left(errors.known, cells)
+            errors = Errors(known, errors.cov[places], errors.slope[places], errors.prior)
+        return Lookup(self.names, tuple(terms), errors)
+
     @classmethod
     def concatenate(cls, parts: Sequence[Lookup]) -> Lookup:
         """Lookup of all groups of several, which share none."""
@@ -231,6 +246,13 @@ class Lookup:
             found[0].prior,
         )
         return cls(first.names, tuple(terms), errors)
+
+
+def _left(known: Known, gone: keys.Labels) -> tuple[Known, NDArray[np.intp]]:
+    """Labels that are not among some, and which they are."""
+    places = keys.lookup_few(known.labels, gone)
+    left = np.delete(np.arange(len(known)), places[places >= 0])
+    return Known(known.labels.take(left)), left
 
 
 def _joined(parts: Sequence[Known]) -> Known:

@@ -58,8 +58,8 @@ class Predicted(Grouped):
     def _rows_of_fit(self) -> Source:
         if self._source is None:
             raise AttributeError(
-                "the rows do not travel with a stored result, nor with one of moments: give data, "
-                "predict(data)"
+                "the rows do not travel with a stored result, nor with one of moments: "
+                "give new data, predict(data)"
             )
         return self._source
 

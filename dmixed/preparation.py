@@ -134,6 +134,15 @@ class Prepared:
         return [i for i, term in enumerate(self.problem.terms) if term.block == block]
 
 
+def check_rows(moments: CellMoments | RemoteMoments) -> None:
+    """Refuse moments of no row."""
+    if moments.nobs == 0:
+        reasons = ", ".join(f"{n} rows for {reason!r}" for reason, n in moments.dropped.items())
+        raise DataError(
+            f"no row is left to fit: dropped {reasons}" if reasons else "the data have no rows"
+        )
+
+
 @one_blas_thread
 def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     """Check what was collected and factor it.
@@ -145,15 +154,11 @@ def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     NotSupportedError
         crossed factors with more levels than dense algebra can take
     """
-    if moments.nobs == 0:
-        reasons = ", ".join(f"{n} rows for {reason!r}" for reason, n in moments.dropped.items())
-        raise DataError(
-            f"no row is left to fit: dropped {reasons}" if reasons else "the data have no rows"
-        )
+    check_rows(moments)
     if isinstance(moments, RemoteMoments):
         return _remote(moments)
     design = moments.design
-    group_codes, groups = keys.subset(moments.labels, _group_key(design))
+    group_codes, groups = keys.subset(moments.labels, group_key(design))
     projected = [keys.subset(moments.labels, term.key) for term in design.terms]
     order = _block_order(design, [len(labels) for _, labels in projected])
     place = {bar: block for block, bar in enumerate(order)}
@@ -161,7 +166,7 @@ def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     terms = []
     for i in ranked:
         term, (codes, labels) = design.terms[i], projected[i]
-        left_out = _reference_levels(moments.labels, term.reduced, group_codes)
+        left_out = reference_levels(moments.labels, term.reduced, group_codes)
         terms.append(
             Term(
                 block=place[term.block],
@@ -174,7 +179,7 @@ def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     bars = tuple(design.bars[j] for j in order)
     _check_single_rows(moments, bars, terms)
     exog, endog = moments.group.coded(design.T_fixed), moments.group.coded(design.t_response)
-    with _named(bars, terms):
+    with named_errors(bars, terms):
         sampled = bool(moments.sizes)
         found = problem(moments.group, exog, endog, terms, moments.shards, in_threads, sampled)
     _check_response(design, found)
@@ -204,7 +209,7 @@ def _remote(moments: RemoteMoments) -> Prepared:
         for i in ranked
     ]
     bars = tuple(design.bars[j] for j in order)
-    with _named(bars, terms):
+    with named_errors(bars, terms):
         exog, endog = totals.coded(design.T_fixed), totals.coded(design.t_response)
         model = coordinates(totals, exog, endog, terms)
         futures, facts = remote_shards(moments, model)
@@ -223,7 +228,7 @@ def _remote(moments: RemoteMoments) -> Prepared:
         bars,
         tuple(design.terms[i] for i in ranked),
         tuple(none.columns(design.terms[i].key) for i in ranked),
-        none.columns(_group_key(design)),
+        none.columns(group_key(design)),
         nowhere,
         found,
         futures,
@@ -253,13 +258,13 @@ class Outline:
             self.bars,
             self.terms,
             tuple(labels.columns(term.key) for term in self.terms),
-            labels.columns(_group_key(self.design)),
+            labels.columns(group_key(self.design)),
             codes,
             replace(whole, terms=terms, factors=factors),
         )
 
 
-def _group_key(design: Design) -> list[int]:
+def group_key(design: Design) -> list[int]:
     """Positions of the keys of the model's groups."""
     names = [key.name for key in design.spec.keys]
     return [names.index(name) for name in design.spec.formula.groups]
@@ -309,7 +314,7 @@ def _repeated(design: Design, term: TermDesign) -> bool:
     return len(members) > 1 or term.T.shape[1] > 1 or bool(term.reduced)
 
 
-def _reference_levels(
+def reference_levels(
     labels: keys.Labels, reduced: Sequence[int], group_codes: Index
 ) -> np.ndarray | None:
     """Cells whose level of a factor coded by contrasts is the first one met in their group."""
@@ -327,7 +332,7 @@ def _reference_levels(
 
 
 @contextmanager
-def _named(bars: Sequence[BarDesign], terms: Sequence[Term]) -> Iterator[None]:
+def named_errors(bars: Sequence[BarDesign], terms: Sequence[Term]) -> Iterator[None]:
     """Errors of the core, in the words of the formula."""
     try:
         yield

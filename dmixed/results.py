@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmixed import storage
+from dmixed.folded import FoldedEffects, fold
 from dmixed.notes import fit_notes
 from dmixed.params import MixedLMParams
 from dmixed.predicted import Predicted
@@ -93,6 +94,68 @@ class MixedLMResults(Predicted):
         object.__setattr__(self, "_source", None)
         object.__setattr__(self, "_model", None)
         self.__dict__.pop("_rows", None)
+
+    def fold_in(
+        self,
+        rows: Any,
+        combine: str = "add",
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        storage_options: Mapping[str, Any] | None = None,
+        filters: Any = None,
+        version: int | None = None,
+        snapshot: int | None = None,
+    ) -> FoldedEffects:
+        """Random effects of groups that have new rows, without a fit: estimates stay as they are.
+
+        Parameters
+        ----------
+        rows
+            anything that can be fitted, with the response and all columns of the model (and those
+            that its moments carry); read once. Rows with missing values are treated as in the fit
+        combine
+            ``"add"``: a group that the fit has keeps its rows of the fit beside the new ones,
+            which must not be among them; ``"replace"``: its new rows alone count (with nested
+            factors those of all levels inside it)
+        weights, offset
+            arrays for a pandas DataFrame, if the fit was given arrays; else they are columns
+        storage_options, filters, version, snapshot
+            see `lmer`
+
+        Returns
+        -------
+        `FoldedEffects` with ``ranef()``, ``ranef_cov()``, ``ranef_table()``, ``predict()``,
+        ``augment()``, and ``fold_in()`` for more rows
+
+        Raises
+        ------
+        DataError
+            a column is missing or of another type, no row is left, or a categorical covariate has
+            a level that the fit has no coefficient for
+        NotSupportedError
+            ``combine="replace"`` with crossed factors, or a model of arrays
+
+        Notes
+        -----
+        At the beta, Psi and sigma2 of the fit, of the rows of a group, old and new,
+
+            b = Psi Z'H^-1 (y - X beta)    Var(b | y, beta) = sigma2 (Psi - Psi Z'H^-1 Z Psi)
+
+        Conditional variances are those of ``ranef_cov()``, given beta and the variances. The cost
+        is that of reading the new rows, of finding their groups among the fit's, and of
+        factoring these. Effects of crossed factors depend on one another, so that all levels that
+        are linked with those of the new rows are computed again, most often all there are.
+        """
+        return fold(
+            *(self, rows, combine),
+            weights=weights,
+            offset=offset,
+            storage_options=storage_options,
+            filters=filters,
+            version=version,
+            snapshot=snapshot,
+        )
 
     # ----------------------------------------------------------------------------- presentation
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from dmixed.errors import DataError
-from dmixed.keys import Labels, align, encode, lookup, sort_index, subset, to_pandas
+from dmixed.keys import Labels, align, encode, lookup, lookup_few, sort_index, subset, to_pandas
 
 
 def labels(values, type=None, name="g") -> Labels:
@@ -337,7 +337,8 @@ class TestOrderAndUse:
         assert list(index.names) == ["a", "b"]
         assert index.tolist() == [("x", 1)]
 
-    def test_lookup(self):
+    @pytest.mark.parametrize("lookup", [lookup, lookup_few])
+    def test_lookup(self, lookup):
         known = labels(["b", "a", "c"])
         assert lookup(known, labels(["c", "zz", "b"])).tolist() == [2, -1, 0]
         assert lookup(labels([1, 2]), labels([2.0, 1.5, np.nan])).tolist() == [1, -1]
@@ -345,7 +346,8 @@ class TestOrderAndUse:
         with pytest.raises(DataError, match="'g' has type string"):
             lookup(known, labels([1]))
 
-    def test_lookup_of_integers_between(self):
+    @pytest.mark.parametrize("lookup", [lookup, lookup_few])
+    def test_lookup_of_integers_between(self, lookup):
         found = labels([3, 1])
         assert lookup(found, labels([0, 2])).tolist() == [-1, -1]
         merged, _ = align([labels([5, 4]), labels([1, 2, 3])])
@@ -353,6 +355,16 @@ class TestOrderAndUse:
         at = lookup(merged, queries)
         expected = [values(merged).index(x) if x in values(merged) else -1 for x in values(queries)]
         assert at.tolist() == expected
+
+    def test_few_queries_of_several_columns(self):
+        columns = [pa.array(["a", "a", "b", "b"]), pa.array([1, 2, 1, 3])]
+        known = encode(columns, ["a", "b"])[1]
+        asked = encode([pa.array(["b", "b", "a", "c"]), pa.array([2, 3, 2, 1])], ["a", "b"])[1]
+        assert lookup_few(known, asked).tolist() == lookup(known, asked).tolist() == [-1, 3, 1, -1]
+        assert lookup_few(known.first(0), asked).tolist() == [-1] * 4
+        assert lookup_few(known, asked.first(0)).tolist() == []
+        days = labels(pa.array([0, 86_400], pa.timestamp("s")))
+        assert lookup_few(days, labels(pa.array([86_400_000], pa.timestamp("ms")))).tolist() == [1]
 
     def test_take_and_pickle(self):
         keys = labels(pa.array([f"group {i}" for i in range(10_000)]))
