@@ -24,7 +24,7 @@ from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments
 from dmixed.executor import DRIVER, check_remote
 from dmixed.fitting import Search, natural_root
-from dmixed.folders import Folder, check_workers
+from dmixed.folders import Folder, check_workers, lies_within
 from dmixed.formula import ParsedFormula
 from dmixed.manifests import (
     Manifest,
@@ -333,15 +333,11 @@ def open_checkpoint(
     scheme = folder.location.partition("://")[0]
     if "://" in folder.location and location.startswith(f"{scheme}://"):
         folder = Folder.at(place, storage_options)
-    if location:
-        above = Folder.at(location).location.rstrip("/") + "/"
-        inside = (folder.location.rstrip("/") + "/").removeprefix(above)
-        parts = inside.strip("/").split("/")
-        if len(inside) < len(folder.location) and not any(x[:1] in ("_", ".") for x in parts if x):
-            raise DataError(
-                f"checkpoint {folder.name} lies among the data, and would be read as data the next "
-                "time: choose a directory elsewhere, or one whose name begins with '_'"
-            )
+    if location and lies_within(folder.location, location):
+        raise DataError(
+            f"checkpoint {folder.name} lies among the data, and would be read as data the next "
+            "time: choose a directory elsewhere, or one whose name begins with '_'"
+        )
     return Checkpoint(folder, resume)
 
 

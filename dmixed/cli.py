@@ -5,41 +5,37 @@ Exit status: 0 fitted, 1 error, 2 wrong usage, 3 did not converge.
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import os
-import re
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from enum import IntEnum, StrEnum
+from collections.abc import Callable
+from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import pandas as pd
 import typer
 
 import dmixed
 from dmixed import example
-from dmixed.errors import ConvergenceWarning, DataError, DmixedError
+from dmixed.commands.refit import EPILOG as refit_status
+from dmixed.commands.refit import refit
+from dmixed.commands.shared import (
+    Scheduler,
+    Shown,
+    Status,
+    Verbose,
+    connection,
+    errors_in_one_line,
+    log,
+    say,
+    warnings_in_one_line,
+)
+from dmixed.errors import DataError, DmixedError
 from dmixed.optimizer import SCIPY_METHODS
-from dmixed.records import check_free, new_directory
+from dmixed.records import check_free
+from dmixed.resultfiles import RANDOM_EFFECTS, RESULT, write_result
 from dmixed.results import MixedLMResults
 from dmixed.sources import parse_filter
-
-RESULT, RANDOM_EFFECTS = "result.json", "random_effects.parquet"
-
-
-class Status(IntEnum):
-    """Exit status of every command."""
-
-    FITTED = 0
-    ERROR = 1
-    USAGE = 2
-    NOT_CONVERGED = 3
 
 
 class Missing(StrEnum):
@@ -68,29 +64,6 @@ Out = Annotated[
         "nothing is written unless the fit converges.",
     ),
 ]
-
-Shown = Annotated[
-    bool | None,
-    typer.Option(
-        "--progress/--no-progress",
-        help="Show progress on stderr, as lines where it is no terminal; by default only on a "
-        "terminal, and if the fit takes more than 2 seconds.",
-        show_default=False,
-    ),
-]
-
-Verbose = Annotated[
-    int,
-    typer.Option(
-        "--verbose",
-        "-v",
-        count=True,
-        metavar="",
-        help="Log to stderr what is done; twice: each evaluation too.",
-        show_default=False,
-    ),
-]
-
 
 Data = Annotated[
     str,
@@ -135,14 +108,7 @@ Filters = Annotated[
     ),
 ]
 
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="Dask scheduler to run on, tcp://host:port; threads of this machine by default.",
-    ),
-]
+app.command(epilog=refit_status)(refit)
 
 
 def main() -> None:
@@ -223,7 +189,7 @@ def fit(
     here = out is not None or save is not None  # the client is gone when files are written
 
     def call() -> MixedLMResults:
-        with _client(scheduler) as client:
+        with connection(scheduler) as client:
             return dmixed.lmer(
                 formula,
                 data,
@@ -240,14 +206,14 @@ def fit(
             )
 
     if save is not None:
-        with _errors_in_one_line():
+        with errors_in_one_line():
             check_free(Path(save).resolve(), f"--save {save}")
-    with _log(verbose):
+    with log(verbose):
         result = _run(call, out)
     typer.echo(result.summary())
     _finish(result, out)
     if save is not None:
-        with _errors_in_one_line():
+        with errors_in_one_line():
             result.save(save)
 
 
@@ -262,7 +228,7 @@ def plan(
 ) -> None:
     """Say what a fit would do, from metadata and a sample: rows, bytes, groups, memory, where."""
     filters = _filters(conditions)
-    with _errors_in_one_line(), _client(scheduler) as client:
+    with errors_in_one_line(), connection(scheduler) as client:
         found = dmixed.plan(
             formula, data, weights=weights, offset=offset, client=client, filters=filters
         )
@@ -331,7 +297,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict rows of Parquet data with a fit that was saved, and write them."""
-    with _errors_in_one_line(), _client(scheduler) as client:
+    with errors_in_one_line(), connection(scheduler) as client:
         result = MixedLMResults.load(model)
         with nullcontext() if client is None else client.as_current():
             result.predict(
@@ -367,95 +333,22 @@ def _run(call: Callable[[], MixedLMResults], out: str | None) -> MixedLMResults:
     """Result of a fit; any error ends the program with one line."""
     if out is not None:
         _check_out(out)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told by the exit status
-        with _errors_in_one_line():
-            result = call()
-    for warning in caught:
-        _say(f"warning: {warning.message}")
+    with warnings_in_one_line(), errors_in_one_line():
+        result = call()
     return result
 
 
 def _finish(result: MixedLMResults, out: str | None) -> None:
     """Write a converged result; exit with the status of the fit."""
     if not result.converged:
-        _say(
+        say(
             f"did not converge: {result.optimizer_summary.reason}"
             + ("; nothing is written" if out is not None else "")
         )
         raise typer.Exit(Status.NOT_CONVERGED)
     if out is not None:
-        with _errors_in_one_line():
+        with errors_in_one_line():
             write_result(result, Path(out))
-
-
-@contextmanager
-def _client(address: str | None) -> Iterator[Any]:
-    """Client of a Dask scheduler; None without an address."""
-    if address is None:
-        yield None
-        return
-    from distributed import Client  # a second of start-up that only clusters need
-    from distributed.comm import resolve_address
-
-    try:
-        resolve_address(address)  # a client of what is no address hangs when it is deleted
-        client = Client(address, set_as_default=False)
-    except (OSError, ValueError) as err:
-        raise DmixedError(f"no Dask scheduler answers at {address}: {err}") from err
-    with client:
-        yield client
-
-
-class _Stderr(logging.StreamHandler[Any]):
-    """Lines of the log on whatever stderr is at the time: a live view prints them above itself."""
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        pass
-
-
-@contextmanager
-def _log(verbose: int) -> Iterator[None]:
-    """The library's log on stderr: with 1 what was done, with 2 each evaluation too."""
-    if not verbose:
-        yield
-        return
-    logger = logging.getLogger("dmixed")
-    handler, before = _Stderr(), logger.level
-    handler.setFormatter(logging.Formatter("%(asctime)s dmixed: %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-
-
-def _say(message: str) -> None:
-    """One line on stderr."""
-    typer.echo("dmixed: " + " ".join(message.split()), err=True)
-
-
-def _fail(message: str) -> NoReturn:
-    _say(f"error: {message}")
-    raise typer.Exit(Status.ERROR)
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """End with status 1 and one line in place of a traceback."""
-    try:
-        yield
-    except (DmixedError, OSError) as err:
-        _fail(str(err))
-    except Exception as err:  # whatever a library or a worker raises
-        _fail(f"{type(err).__name__}: {err} (dmixed.lmer in Python shows where)")
 
 
 # --------------------------------------------------------------------------- files
@@ -468,7 +361,7 @@ def _check_out(out: str) -> None:
             f"{out} is a URI, only local directories can be written: write to one and copy it",
             param_hint="--out",
         )
-    with _errors_in_one_line():
+    with errors_in_one_line():
         path = Path(out).resolve()
         check_free(path, f"--out {out}")
         parent = next(place for place in (path, *path.parents) if place.exists())
@@ -476,60 +369,3 @@ def _check_out(out: str) -> None:
             os.rmdir(tempfile.mkdtemp(prefix=".dmixed.", dir=parent))
         except OSError as err:
             raise DmixedError(f"--out {out}: cannot write to {parent}: {err.strerror}") from err
-
-
-def write_result(result: MixedLMResults, out: Path) -> None:
-    """Write ``result.json`` and ``random_effects.parquet``, all or nothing.
-
-    With several factors there is a ``random_effects_FACTOR.parquet`` for each.
-
-    Parameters
-    ----------
-    result
-        what to write: `MixedLMResults.to_dict` as strict JSON (NaN and infinities are null), and
-        `MixedLMResults.ranef` with the group labels as first columns
-    out
-        a directory, new or empty. A new one appears complete, by renaming; in one that exists
-        (it may be a mount point) ``result.json`` appears last.
-
-    Raises
-    ------
-    DataError
-        there is something already
-    OSError
-        the directory cannot be written; nothing is left behind
-    """
-    with new_directory(out, RESULT) as folder:
-        tables = _effect_tables(result)
-        for name, effects in tables.items():
-            taken = set(effects.columns)
-            effects.index.names = [f"group {n}" if n in taken else n for n in effects.index.names]
-            effects.reset_index().to_parquet(folder / name, index=False)
-        record = {**result.to_dict(), "random_effects": list(tables)}
-        text = json.dumps(_strict(record), indent=2, allow_nan=False, ensure_ascii=False)
-        (folder / RESULT).write_text(text + "\n", encoding="utf-8")
-
-
-def _effect_tables(result: MixedLMResults) -> dict[str, pd.DataFrame]:
-    """Tables of random effects by file name: one for each factor where there are several."""
-    found = result.ranef()
-    if isinstance(found, pd.DataFrame):
-        return {RANDOM_EFFECTS: found}
-    tables: dict[str, pd.DataFrame] = {}
-    for label, table in found.items():
-        stem = f"random_effects_{re.sub(r'[^A-Za-z0-9_.-]', '_', label)}"
-        while f"{stem}.parquet" in tables:
-            stem += "_"
-        tables[f"{stem}.parquet"] = table
-    return tables
-
-
-def _strict(value: Any) -> Any:
-    """The value with every NaN and infinity, which JSON has not, as None."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

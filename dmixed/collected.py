@@ -169,7 +169,7 @@ class Moments:
         if min_group_size is not None:
             cells = _of_size(cells, min_group_size)
         try:
-            if folder.names():
+            if not all(map(momentstore.is_own, folder.names())):
                 raise DataError(
                     f"{folder.name}: there is something already; choose a new directory"
                 )

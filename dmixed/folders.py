@@ -189,6 +189,31 @@ class Folder:
         with _plain_errors(self.options), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
+    def below(self, name: str) -> Folder:
+        """A directory in it."""
+        return Folder(self.file(name), f"{self.location.rstrip('/')}/{name}", self.options)
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a directory in it with all that is there, if it is there.
+
+        Raises
+        ------
+        OSError
+            it cannot be removed
+        """
+        with _plain_errors(self.options), contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._path(name), recursive=True)
+
+    def youngest(self, name: str) -> float | None:
+        """Seconds since a file below a directory in it was written, None where nothing says so."""
+        below = self.below(name)
+        with _plain_errors(self.options):
+            self._fs.invalidate_cache()
+            files = [path[len(below._root) + 1 :] for path in self._fs.find(below._root)]
+        ages = [below.age(file) for file in files] or [self.age(name)]
+        known = [age for age in ages if age is not None]
+        return min(known) if len(known) == len(ages) else None
+
     @cached_property
     def _place(self) -> tuple[Any, str]:
         with _plain_errors(self.options):
@@ -242,6 +267,17 @@ class Folder:
             if self._fs.info(path)["size"] > limit:
                 return None
         return bytes(self._fs.cat_file(path))
+
+
+def lies_within(place: str, above: str) -> bool:
+    """Whether files of a directory would be read as those of another, or it is the same.
+
+    Nothing is read where a part of the path begins with "_" or ".".
+    """
+    outer = Folder.at(above).location.rstrip("/") + "/"
+    inner = Folder.at(place).location.rstrip("/") + "/"
+    parts = inner.removeprefix(outer).split("/")
+    return inner.startswith(outer) and not any(x[:1] in ("_", ".") for x in parts if x)
 
 
 def _answer(error: OSError) -> str:

@@ -17,7 +17,7 @@ from distributed import LocalCluster
 from typer.testing import CliRunner, Result
 
 import dmixed
-from dmixed import cli
+from dmixed import cli, resultfiles
 
 ROOT = Path(dmixed.__file__).parent.parent
 FORMULA = "y ~ x + (x | g)"
@@ -267,7 +267,7 @@ def test_a_failed_write_leaves_nothing(
     out = tmp_path / "fit"
     if exists:
         out.mkdir()
-    monkeypatch.setattr(cli.json, "dumps", full_disk)
+    monkeypatch.setattr(resultfiles.json, "dumps", full_disk)
     result = fit(data, "--out", out)
     assert result.exit_code == cli.Status.ERROR
     assert_one_line(result, "No space left on device")

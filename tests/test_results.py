@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import dmixed
-from dmixed.cli import write_result
+from dmixed.resultfiles import write_result
 
 
 def table(n: int = 240, groups: int = 30, columns: int = 1, seed: int = 3) -> pd.DataFrame:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import dmixed
-from dmixed import cli, records
+from dmixed import records, resultfiles
 from dmixed.errors import DataError
 from dmixed.folders import Folder
 
@@ -509,7 +509,7 @@ def test_another_schema(stored: Path, tmp_path: Path) -> None:
     text = (stored / "result.json").read_text()
     (stored / "result.json").write_text(text.replace("stored-result/2", "stored-result/3"))
     refused(stored, "result.json", "'dmixed-stored-result/3'", "'dmixed-stored-result/2'")
-    cli.write_result(fitted("one bar"), tmp_path / "cli")
+    resultfiles.write_result(fitted("one bar"), tmp_path / "cli")
     refused(tmp_path / "cli", "result.json", "'dmixed-result/1'", "'dmixed-stored-result/2'")
 
 
