@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from dmixed.errors import DataError
 from dmixed.sources.base import concatenated, gathered
-from dmixed.sources.files import redact
 from dmixed.sources.filters import kept
+from dmixed.sources.storages import reason
 
 ONE_BATCH = 2**30  # rows; a row group is decoded into one array, which numpy can then share
 BUFFER = 2**22  # bytes of a column fetched at a time, where rows come in batches
@@ -327,7 +327,6 @@ def unreadable(name: str, error: Exception, options: Mapping[str, Any] | None = 
     """Error for a file; storages raise errors of their own, which may not even pickle."""
     if isinstance(error, DataError) and str(error).startswith(name):
         return error
-    text = redact(str(error), options).strip()
-    lines: Sequence[str] = text.splitlines() or [type(error).__name__]
-    reason = re.sub(r"Could not open Parquet input source '.*?': ", "", lines[0])
-    return DataError(f"{name} cannot be read: {reason}")
+    text = reason(error, options, kind=False)
+    text = re.sub(r"Could not open Parquet input source '.*?': ", "", text)
+    return DataError(f"{name} cannot be read: {text}")
