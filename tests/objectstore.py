@@ -31,16 +31,18 @@ from pathlib import Path
 from typing import Any
 
 DAEMONS = ("account", "container", "object", "proxy")
-LISTED = 4  # names on a page of a listing: a few files make many pages
+LISTED = 2  # names on a page of a listing: a few files make many pages
 READY = 60.0  # seconds a daemon may take to answer
 REGION = "us-east-1"
 
-# A daemon ends with the process that started it, also when that one is killed.
+# A daemon ends with the process that started it, also when that one is killed. What it keeps need
+# not outlive a loss of power.
 DAEMON = """
-import contextlib, ctypes, signal, sys, warnings
+import contextlib, ctypes, os, signal, sys, warnings
 warnings.simplefilter("ignore")
 with contextlib.suppress(AttributeError):
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+os.fsync = os.fdatasync = lambda fd: None
 from swift.common.wsgi import run_wsgi
 sys.exit(run_wsgi(sys.argv[1], sys.argv[2], verbose=True))
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -256,14 +256,14 @@ def _assembled(
 ) -> pa.Table:
     """Columns in the types of the plan."""
     arrays = []
-    for field in schema:
-        if field.name in columns:
-            array = columns[field.name]
+    for wanted in schema:
+        if wanted.name in columns:
+            array = columns[wanted.name]
         else:
-            array = pa.repeat(fixed[field.name], rows)
-            if pa.types.is_dictionary(field.type):
+            array = pa.repeat(fixed[wanted.name], rows)
+            if pa.types.is_dictionary(wanted.type):
                 array = array.dictionary_encode()
-        arrays.append(array if array.type == field.type else array.cast(field.type))
+        arrays.append(array if array.type == wanted.type else array.cast(wanted.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -275,10 +275,11 @@ class Probe:
     """Whether a file can be opened, tried where it is called.
 
     What opens the file travels as bytes, so that a library which a worker lacks is a reason too.
+    They are not shown: storage options are among them, if there are any.
     """
 
     name: str
-    opener: bytes
+    opener: bytes = field(repr=False)
 
     def __call__(self) -> str | None:
         """Return the reason why not, in one line."""
