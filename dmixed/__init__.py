@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from dmixed.collected import Moments, collect
+from dmixed.comparison import Comparison, compare
 from dmixed.errors import (
     ConvergenceWarning,
     DataError,
@@ -20,6 +21,7 @@ from dmixed.results import MixedLMResults
 __version__ = version("dmixed")
 
 __all__ = [
+    "Comparison",
     "ConvergenceWarning",
     "DataError",
     "DmixedError",
@@ -35,6 +37,7 @@ __all__ = [
     "VCSpec",
     "__version__",
     "collect",
+    "compare",
     "lmer",
     "mixedlm",
     "plan",
