@@ -167,7 +167,8 @@ class Moments:
             if words:
                 raise DataError(f"{', '.join(words)}: give the formula, too")
             return own_model(self.cells)
-        return submodel(self.cells, _worded(formula, self.cells.spec, words), self.known, small)
+        parsed = _worded(formula, self.cells.spec, words)
+        return submodel(self.cells, parsed, self.known, small)
 
     def fit(self, reml: bool = True, formula: str | None = None, **options: Any) -> MixedLMResults:
         """Fit a model; no row is read.

@@ -152,7 +152,8 @@ def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
         )
     if isinstance(moments, RemoteMoments):
         return _remote(moments)
-    design = moments.design
+    summary, shards = moments.summary, moments.shards
+    design = summary.design
     group_codes, groups = keys.subset(moments.labels, _group_key(design))
     projected = [keys.subset(moments.labels, term.key) for term in design.terms]
     order = _block_order(design, [len(labels) for _, labels in projected])
@@ -175,8 +176,11 @@ def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     _check_single_rows(moments, bars, terms)
     exog, endog = moments.group.coded(design.T_fixed), moments.group.coded(design.t_response)
     with _named(bars, terms):
-        sampled = bool(moments.sizes)
-        found = problem(moments.group, exog, endog, terms, moments.shards, in_threads, sampled)
+        found = problem(
+            *(moments.group, exog, endog, terms, shards, in_threads),
+            sampled=bool(moments.sizes),
+            totals=summary.totals,
+        )
     _check_response(design, found)
     return Prepared(
         moments,
