@@ -203,16 +203,18 @@ def _check_same(results: Sequence[MixedLMResults], names: Sequence[str]) -> None
             )
         other = result._prepared.design.spec
         mine = _response(result._prepared)
+        if (other.weights, other.offset) != (spec.weights, spec.offset) or (
+            abs(mine[2] - own[2]) > SAME * first.nobs
+        ):
+            raise DataError(f"{names[0]} and {name} have different weights or offsets")
         if result.endog_name != first.endog_name or not np.allclose(
-            mine, own, rtol=SAME, atol=SAME * np.sqrt(own[1])
+            mine[:2], own[:2], rtol=SAME, atol=SAME * np.sqrt(own[1])
         ):
             raise DataError(f"{names[0]} and {name} are of different responses")
-        if (other.weights, other.offset) != (spec.weights, spec.offset):
-            raise DataError(f"{names[0]} and {name} have different weights or offsets")
 
 
 def _response(prepared: Prepared) -> tuple[float, float, float]:
-    """Mean and variance of the response, and the sum of log weights."""
+    """Mean and variance of the response less the offset, and the sum of log weights."""
     totals = prepared.moments.summary.totals
     y, one = totals.columns.index(Column((), ((RESPONSE, 1),))), totals.columns.index(CONSTANT)
     shift, scale = prepared.design.spec.frame.of(RESPONSE)
