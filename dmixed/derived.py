@@ -95,6 +95,7 @@ def derive(moments: GroupMoments, wanted: Derivation) -> GroupMoments:
     reference = None
     if targets is not None:
         reference = rounded(targets)
+        reference[:, [j for j, column in enumerate(wanted.columns) if column.cell]] = 0.0
         FtF += move(WtF, wanted.random, targets - reference)
     plain = FtF if moments.plain is moments.FtF else _plain(moments, new, T, D)
     return GroupMoments(

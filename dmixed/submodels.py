@@ -212,7 +212,7 @@ def _specified(
     text = {f.name for f in table.schema if kind_of(f.type) == "category"}
     return specification(
         resolved,
-        stored.text_columns | text,
+        (stored.text_columns | text) & set(resolved.columns),
         weights=stored.weights,
         offset=stored.offset,
         missing=stored.missing,

@@ -420,6 +420,26 @@ class TestAfterThePass:
         left = moments.join(GROUPS[1:], missing="drop")
         assert_same(left.fit(), dmixed.lmer("y ~ f + x + (1 | g)", d[d.g > 0]))
 
+    @pytest.mark.parametrize("seed", [None, 2])
+    def test_stored_results(self, seed, tmp_path):
+        """What a fit of derived moments stores is what a fit of rows could have stored."""
+        moments = recoded_moments(LARGE, DATA, seed, seed is not None, carry=CARRY).join(GROUPS)
+        moments = moments.group_means("x").centred("x")
+        for i, formula in enumerate(
+            (
+                "y ~ x + (1 | g)",
+                "y ~ ses * x + region + (1 | g)",
+                "y ~ x_within + x_mean + f + (x_within | g)",
+                "y ~ x + (1 | region)",
+            )
+        ):
+            own = quiet_fit(moments.fit, formula=formula)
+            own.save(tmp_path / str(i))
+            again = dmixed.MixedLMResults.load(tmp_path / str(i))
+            assert again.llf == own.llf
+            assert str(again.summary()) == str(own.summary())
+            assert np.array_equal(again.ranef(), own.ranef())
+
     def test_predictions_need_the_columns(self):
         moments = dmixed.collect("y ~ x + (x | g)", DATA).join(GROUPS).centred("x")
         formula = "y ~ ses + x_within + (1 | g)"
