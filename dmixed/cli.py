@@ -11,40 +11,38 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import dmixed
 from dmixed import example
+from dmixed.commands import moments
 from dmixed.commands.refit import EPILOG as refit_status
 from dmixed.commands.refit import refit
 from dmixed.commands.shared import (
+    Data,
+    Filters,
+    Formula,
+    Missing,
+    Offset,
     Scheduler,
     Shown,
     Status,
     Verbose,
+    Weights,
     connection,
     errors_in_one_line,
+    filters_of,
     log,
     say,
     warnings_in_one_line,
 )
-from dmixed.errors import DataError, DmixedError
+from dmixed.errors import DmixedError
 from dmixed.optimizer import SCIPY_METHODS
 from dmixed.records import check_free
 from dmixed.resultfiles import RANDOM_EFFECTS, RESULT, write_result
 from dmixed.results import MixedLMResults
-from dmixed.sources import parse_filter
-
-
-class Missing(StrEnum):
-    """What to do with rows that have missing values."""
-
-    drop = "drop"
-    raise_ = "raise"
-    none = "none"
-
 
 app = typer.Typer(
     add_completion=False,
@@ -65,50 +63,8 @@ Out = Annotated[
     ),
 ]
 
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="URI",
-        help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path; "
-        "or the directory of a Delta table.",
-    ),
-]
-
-Formula = Annotated[
-    str,
-    typer.Option(
-        "--formula",
-        metavar="FORMULA",
-        help="Model in lme4's spelling, such as 'y ~ x + (1 + x | g)'.",
-    ),
-]
-
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        "--weights", metavar="COLUMN", help="Column of weights: error variance sigma2 / weight."
-    ),
-]
-
-Offset = Annotated[
-    str | None,
-    typer.Option(
-        "--offset", metavar="COLUMN", help="Column of a known addition to the fixed part."
-    ),
-]
-
-Filters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--filter",
-        metavar="CONDITION",
-        help="Use only the rows where COLUMN OPERATOR VALUE holds, such as 'year >= 2024' or "
-        "\"site == 'a'\"; may be repeated, then all must hold.",
-    ),
-]
-
 app.command(epilog=refit_status)(refit)
+app.add_typer(moments.app, name="moments")
 
 
 def main() -> None:
@@ -185,7 +141,7 @@ def fit(
         raise typer.BadParameter(
             f"{method!r} is not one of {', '.join(SCIPY_METHODS)}", param_hint="--method"
         )
-    filters = _filters(conditions)
+    filters = filters_of(conditions)
     here = out is not None or save is not None  # the client is gone when files are written
 
     def call() -> MixedLMResults:
@@ -227,20 +183,12 @@ def plan(
     scheduler: Scheduler = None,
 ) -> None:
     """Say what a fit would do, from metadata and a sample: rows, bytes, groups, memory, where."""
-    filters = _filters(conditions)
+    filters = filters_of(conditions)
     with errors_in_one_line(), connection(scheduler) as client:
         found = dmixed.plan(
             formula, data, weights=weights, offset=offset, client=client, filters=filters
         )
     typer.echo(found)
-
-
-def _filters(conditions: list[str] | None) -> list[Any] | None:
-    """Conditions of ``--filter``, of which all must hold."""
-    try:
-        return [parse_filter(text) for text in conditions or ()] or None
-    except DataError as err:
-        raise typer.BadParameter(str(err), param_hint="--filter") from err
 
 
 class NewGroups(StrEnum):

@@ -7,12 +7,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dmixed.errors import ConvergenceWarning, DmixedError
+from dmixed.errors import ConvergenceWarning, DataError, DmixedError
+from dmixed.sources import parse_filter
 
 
 class Status(IntEnum):
@@ -56,6 +57,80 @@ Scheduler = Annotated[
         help="Dask scheduler to run on, tcp://host:port; threads of this machine by default.",
     ),
 ]
+
+
+class Missing(StrEnum):
+    """What to do with rows that have missing values."""
+
+    drop = "drop"
+    raise_ = "raise"
+    none = "none"
+
+
+class Changed(StrEnum):
+    """What to do with files that are not as they were."""
+
+    error = "error"
+    replace_ = "replace"
+
+
+class Vanished(StrEnum):
+    """What to do with files that are gone."""
+
+    keep = "keep"
+    error = "error"
+
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="URI",
+        help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path; "
+        "or the directory of a Delta table.",
+    ),
+]
+
+Formula = Annotated[
+    str,
+    typer.Option(
+        "--formula",
+        metavar="FORMULA",
+        help="Model in lme4's spelling, such as 'y ~ x + (1 + x | g)'.",
+    ),
+]
+
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", metavar="COLUMN", help="Column of weights: error variance sigma2 / weight."
+    ),
+]
+
+Offset = Annotated[
+    str | None,
+    typer.Option(
+        "--offset", metavar="COLUMN", help="Column of a known addition to the fixed part."
+    ),
+]
+
+Filters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="CONDITION",
+        help="Use only the rows where COLUMN OPERATOR VALUE holds, such as 'year >= 2024' or "
+        "\"site == 'a'\"; may be repeated, then all must hold.",
+    ),
+]
+
+
+def filters_of(conditions: list[str] | None) -> list[Any] | None:
+    """Conditions of ``--filter``, of which all must hold."""
+    try:
+        return [parse_filter(text) for text in conditions or ()] or None
+    except DataError as err:
+        raise typer.BadParameter(str(err), param_hint="--filter") from err
 
 
 @contextmanager
