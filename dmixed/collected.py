@@ -169,7 +169,7 @@ class Moments:
         if min_group_size is not None:
             cells = _of_size(cells, min_group_size)
         try:
-            if folder.names():
+            if not all(map(momentstore.is_own, folder.names())):  # a process was killed there
                 raise DataError(
                     f"{folder.name}: there is something already; choose a new directory"
                 )
@@ -450,7 +450,7 @@ class MomentStore:
         if not made:
             raise DataError(f"{self.uri}: there is no group {group!r}")
         with directory.written():
-            directory.commit(kept, made)
+            directory.erase(kept, made)
         return rows
 
     def compact(self) -> None:

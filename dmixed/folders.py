@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +21,9 @@ from dmixed.sources.files import redact
 
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
 """Protocols of storages without directories: to make one would make a bucket."""
+
+BESIDE = re.compile(r"\.[0-9a-f]{32}\.dmixed")
+"""Names of files that are to get another name, or to be removed again."""
 
 REFUSED = {"PreconditionFailed", "ConditionalRequestConflict"}
 """Answers to a put that was to make a new object, where there is one or another is on its way."""
@@ -110,7 +114,7 @@ class Folder:
         OSError
             it cannot be written; nothing is left behind
         """
-        if self._local:
+        if self.local:
             with self._beside(content, durable) as beside:
                 os.replace(beside, self._path(name))
             return
@@ -130,7 +134,7 @@ class Folder:
         OSError
             it cannot be written; nothing is left behind
         """
-        if self._local:
+        if self.local:
             with self._beside(content, True) as beside:
                 try:
                     os.link(beside, self._path(name))
@@ -200,7 +204,8 @@ class Folder:
         return self._place[1]
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
+        """Whether it is on a disk of this machine, or looks like one."""
         return isinstance(self._fs, LocalFileSystem)
 
     def _make_root(self) -> None:
@@ -228,7 +233,7 @@ class Folder:
 
     def _content(self, name: str, limit: int | None) -> bytes | None:
         path = self._path(name)
-        if self._local:
+        if self.local:
             with open(path, "rb") as stream:
                 if limit is not None and os.fstat(stream.fileno()).st_size > limit:
                     return None

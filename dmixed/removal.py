@@ -56,7 +56,7 @@ class Opener:
         wanted = self.filters if condition is None else condition
         if self.data is not None:
             return open_source(self.data, self.options, filters=wanted)
-        if not state.location:
+        if not state.location or state.kind == "iceberg":  # which a catalog opens
             raise DataError(
                 f"data of kind {state.kind!r} cannot be found again from what is stored: pass data="
             )
@@ -87,7 +87,7 @@ def without_files(
                 own = {file.name for state in delta.sources for file in state.files}
                 if not own & names:
                     kept.append(delta)
-                elif own - names:
+                elif own - names or not all(state.files for state in delta.sources):
                     made.append(_divided(store, delta, own & names, opener, client))
                     kept.append(made[-1])
         except BaseException:
@@ -100,11 +100,11 @@ def _divided(
     store: StoreDirectory, delta: Delta, names: set[str], opener: Opener, client: Any
 ) -> Delta:
     """A delta without the rows of some of its files: subtracted, or else made of the others."""
-    states = [
+    rest = [
         replace(x, files=tuple(file for file in x.files if file.name not in names))
         for x in delta.sources
+        if not x.files or {file.name for file in x.files} - names
     ]
-    rest = [state for state in states if state.files]
     try:
         left = store.cells([delta])
         for state in delta.sources:
@@ -239,6 +239,8 @@ def matching(cells: CellMoments, wanted: Mapping[str, Any]) -> NDArray[np.bool_]
     found = np.ones(len(cells.labels), np.bool_)
     for key, label in wanted.items():
         array = cells.labels.arrays[cells.labels.names.index(key)]
+        if pa.types.is_integer(array.type) and type(label) is int and label not in _range(array):
+            return np.zeros_like(found)
         try:
             same = pc.equal(array, pa.scalar(label, array.type))
         except (pa.ArrowException, TypeError, OverflowError):
@@ -247,6 +249,11 @@ def matching(cells: CellMoments, wanted: Mapping[str, Any]) -> NDArray[np.bool_]
             ) from None
         found &= same.to_numpy(zero_copy_only=False)
     return found
+
+
+def _range(array: pa.Array) -> range:
+    """Integers that a type holds: another delta may have wider ones."""
+    return range(2**64) if array.type == pa.uint64() else range(-(2**63), 2**63)
 
 
 def _clean(store: StoreDirectory, made: Sequence[Delta]) -> None:

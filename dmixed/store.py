@@ -7,7 +7,7 @@ processes that start from the same state, the second is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from dmixed.executor import DRIVER, collect
 from dmixed.folders import Folder, check_workers
 from dmixed.ledger import entries, shown
 from dmixed.manifests import (
+    MANIFEST_NAME,
     Delta,
     Manifest,
     manifest_name,
@@ -263,7 +264,34 @@ class StoreDirectory:
         manifest = manifest_of(self.spec, deltas, before.version + 1)
         momentstore.commit_or_clean(self.folder, manifest, new)
         self.manifest = manifest
-        momentstore.remove_files(self.folder, before.files - manifest.files)
+        self._remove(before.files - manifest.files)
+
+    def erase(self, deltas: Sequence[Delta], new: Sequence[Delta]) -> None:
+        """`commit`, after which nothing is left of what was there before.
+
+        Files that no manifest names are removed whatever their age: who has written them before
+        this commit, and still wants to name them, is refused by it.
+        """
+        there = self.folder.names()
+        self.commit(deltas, new)
+        known, own = self.manifest.files, manifest_name(self.manifest.version)
+        self._remove(
+            name
+            for name in there
+            if name not in known
+            and name != own
+            and (momentstore.is_own(name) or MANIFEST_NAME.fullmatch(name))
+        )
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove files after a change."""
+        try:
+            momentstore.remove_files(self.folder, names)
+        except OSError as error:
+            raise DataError(
+                f"{self.folder.name}: the change was made, but files of the state before could not "
+                f"be removed: {error.strerror or error}"
+            ) from error
 
 
 def _joined(sources: Sequence[SourceState]) -> tuple[SourceState, ...]:
