@@ -345,6 +345,8 @@ class MomentStore:
         _check_choice("changed", changed, ("error", "replace"))
         _check_choice("vanished", vanished, ("keep", "error"))
         if isinstance(data, Moments):
+            if name is not None:
+                raise DataError("name= goes with rows; moments tell of their files themselves")
             cells = data.cells
             directory.add(cells, data.sources)
             new = tuple(file.name for state in data.sources for file in state.files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dmixed.design import DesignSpec
 from dmixed.erasure import alike, has_crossproducts, less, without
 from dmixed.errors import DataError
 from dmixed.formula.expressions import Name
+from dmixed.keys import EXACT
 from dmixed.ledger import checked
 from dmixed.manifests import Delta
 from dmixed.provenance import SourceState
@@ -239,7 +241,7 @@ def matching(cells: CellMoments, wanted: Mapping[str, Any]) -> NDArray[np.bool_]
     found = np.ones(len(cells.labels), np.bool_)
     for key, label in wanted.items():
         array = cells.labels.arrays[cells.labels.names.index(key)]
-        if pa.types.is_integer(array.type) and type(label) is int and label not in _range(array):
+        if isinstance(label, Integral) and not _holds(array.type, int(label)):
             return np.zeros_like(found)
         try:
             same = pc.equal(array, pa.scalar(label, array.type))
@@ -251,9 +253,12 @@ def matching(cells: CellMoments, wanted: Mapping[str, Any]) -> NDArray[np.bool_]
     return found
 
 
-def _range(array: pa.Array) -> range:
-    """Integers that a type holds: another delta may have wider ones."""
-    return range(2**64) if array.type == pa.uint64() else range(-(2**63), 2**63)
+def _holds(type_: pa.DataType, label: int) -> bool:
+    """Whether a type, if it is one of numbers, holds an integer: another delta's may be wider."""
+    if pa.types.is_floating(type_):
+        return label in range(-EXACT, EXACT + 1)
+    low = 0 if type_ == pa.uint64() else -(2**63)
+    return not pa.types.is_integer(type_) or label in range(low, 2**64 + low)
 
 
 def _clean(store: StoreDirectory, made: Sequence[Delta]) -> None:
