@@ -272,6 +272,14 @@ def _check_files(delta: Delta, where: str) -> None:
         raise DataError(f"{where}nobs: must be the rows of all shards")
 
 
+def too_late(folder: Folder) -> DataError:
+    """What a writer is told that starts from a state that is not the newest any more."""
+    return DataError(
+        f"{folder.name}: another process has changed these moments since they were read here; "
+        "this change was not made: open them again and repeat it"
+    )
+
+
 def commit(folder: Folder, manifest: Manifest) -> None:
     """Make a manifest the newest, in place of the one before it.
 
@@ -283,10 +291,7 @@ def commit(folder: Folder, manifest: Manifest) -> None:
         it cannot be written; nothing was changed, as far as the storage has answered
     """
     name = manifest_name(manifest.version)
-    refused = DataError(
-        f"{folder.name}: another process has changed these moments since they were read here; "
-        "this change was not made: open them again and repeat it"
-    )
+    refused = too_late(folder)
     if (newest(folder) or 0) != manifest.version - 1:
         raise refused
     if not folder.create(name, record_bytes(manifest)):

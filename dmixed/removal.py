@@ -211,7 +211,8 @@ def _condition(spec: DesignSpec, wanted: Mapping[str, Any]) -> Any:
         node = nodes[key]
         if not isinstance(node, Name):
             raise DataError(f"{key}: is an expression, by which rows cannot be looked up")
-        one = pc.field(node.column) == label
+        wide = isinstance(label, Integral) and label >= 2**63
+        one = pc.field(node.column) == (pa.scalar(int(label), pa.uint64()) if wide else label)
         found = one if found is None else found & one
     return found
 

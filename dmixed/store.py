@@ -30,6 +30,7 @@ from dmixed.manifests import (
     read_manifest,
     spec_of,
     stored_spec,
+    too_late,
 )
 from dmixed.progress import Progress, Report, open_progress
 from dmixed.provenance import SourceState, source_state
@@ -122,7 +123,14 @@ class StoreDirectory:
 
     def cells(self, deltas: Sequence[Delta]) -> CellMoments:
         """The sum of some deltas, in this process."""
-        return momentstore.read(self.folder, self.manifest, deltas)
+        try:
+            return momentstore.read(self.folder, self.manifest, deltas)
+        except DataError as error:
+            with self.written():
+                number = newest(self.folder)
+            if number in (None, self.manifest.version):
+                raise
+            raise too_late(self.folder) from error
 
     def moments(self, last: int | None = None) -> CellMoments | RemoteMoments:
         """The sum of the last deltas, or of all; if a writer was faster, of the state it made.
