@@ -211,7 +211,7 @@ def _condition(spec: DesignSpec, wanted: Mapping[str, Any]) -> Any:
         node = nodes[key]
         if not isinstance(node, Name):
             raise DataError(f"{key}: is an expression, by which rows cannot be looked up")
-        wide = isinstance(label, Integral) and label >= 2**63
+        wide = isinstance(label, Integral) and int(label) >= 2**63
         one = pc.field(node.column) == (pa.scalar(int(label), pa.uint64()) if wide else label)
         found = one if found is None else found & one
     return found

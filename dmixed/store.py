@@ -268,8 +268,17 @@ class StoreDirectory:
         DataError
             another process was faster; the files of new deltas are removed
         """
-        before = self.manifest
-        manifest = manifest_of(self.spec, deltas, before.version + 1)
+        before, spec = self.manifest, self.spec
+        for j, key in enumerate(spec.keys):
+            kinds = {_kind(x.key_types[j]) for delta in deltas for x in delta.shards if x.nobs}
+            if len(kinds) > 1:
+                for delta in new:
+                    momentstore.remove_files(self.folder, delta.files)
+                raise DataError(
+                    f"group key {key.name!r} has type {' and '.join(sorted(kinds))} in rows that "
+                    "are to be added; give the column one type everywhere"
+                )
+        manifest = manifest_of(spec, deltas, before.version + 1)
         momentstore.commit_or_clean(self.folder, manifest, new)
         self.manifest = manifest
         self._remove(before.files - manifest.files)
@@ -300,6 +309,15 @@ class StoreDirectory:
                 f"{self.folder.name}: the change was made, but files of the state before could not "
                 f"be removed: {error.strerror or error}"
             ) from error
+
+
+def _kind(type_: str) -> str:
+    """Types of labels of one kind go together."""
+    if type_ in ("int64", "uint64", "double"):
+        return "number"
+    if type_.startswith("timestamp"):
+        return "timestamp of a zone" if "tz=" in type_ else "timestamp"
+    return type_.removeprefix("large_")
 
 
 def _joined(sources: Sequence[SourceState]) -> tuple[SourceState, ...]:
