@@ -308,7 +308,7 @@ class Moments:
         if min_group_size is not None:
             cells = _of_size(cells, min_group_size)
         try:
-            if not all(map(momentstore.is_own, folder.names())):
+            if not all(map(momentstore.is_own, folder.names())):  # a process was killed there
                 raise DataError(
                     f"{folder.name}: there is something already; choose a new directory"
                 )
@@ -484,6 +484,8 @@ class MomentStore:
         _check_choice("changed", changed, ("error", "replace"))
         _check_choice("vanished", vanished, ("keep", "error"))
         if isinstance(data, Moments):
+            if name is not None:
+                raise DataError("name= goes with rows; moments tell of their files themselves")
             cells = data.cells
             directory.add(cells, data.sources)
             new = tuple(file.name for state in data.sources for file in state.files)
@@ -589,7 +591,7 @@ class MomentStore:
         if not made:
             raise DataError(f"{self.uri}: there is no group {group!r}")
         with directory.written():
-            directory.commit(kept, made)
+            directory.erase(kept, made)
         return rows
 
     def compact(self) -> None:

@@ -111,7 +111,7 @@ class Folder:
         OSError
             it cannot be written; nothing is left behind
         """
-        if self._local:
+        if self.local:
             with self._beside(content, durable) as beside:
                 os.replace(beside, self._path(name))
             return
@@ -131,7 +131,7 @@ class Folder:
         OSError
             it cannot be written; nothing is left behind
         """
-        if self._local:
+        if self.local:
             with self._beside(content, True) as beside:
                 try:
                     os.link(beside, self._path(name))
@@ -226,7 +226,8 @@ class Folder:
         return self._place[1]
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
+        """Whether it is on a disk of this machine, or looks like one."""
         return isinstance(self._fs, LocalFileSystem)
 
     def _make_root(self) -> None:
@@ -254,7 +255,7 @@ class Folder:
 
     def _content(self, name: str, limit: int | None) -> bytes | None:
         path = self._path(name)
-        if self._local:
+        if self.local:
             with open(path, "rb") as stream:
                 if limit is not None and os.fstat(stream.fileno()).st_size > limit:
                     return None

@@ -28,7 +28,7 @@ class Files:
     changed
         in the moments as they were; they have another size, etag or time of modification
     vanished
-        in the moments from the same place, and not in the data any more
+        in the moments from the same place or one below it, and not in the data any more
     """
 
     new: tuple[str, ...]
@@ -66,7 +66,9 @@ def compared(deltas: Sequence[Delta], source: FilesSource) -> Files:
     vanished = [
         name
         for name, (_, state, _) in known.items()
-        if location and state.location == location and name not in there
+        if location
+        and (state.location == location or name.startswith(f"{location.rstrip('/')}/"))
+        and name not in there
     ]
     return Files(tuple(new), tuple(same), tuple(changed), tuple(vanished))
 

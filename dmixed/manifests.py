@@ -12,6 +12,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -41,8 +42,8 @@ HISTORY = 20
 
 MANIFEST_NAME = re.compile(r"manifest-(\d{8})\.json")
 
-FILE_NAME = re.compile(r"cells-[0-9a-f]{8}-\d{5,9}\.parquet|columns-[0-9a-f]{8}\.parquet")
-"""Names that files of moments have; nothing outside the directory is ever read."""
+FILE_NAME = re.compile(r"(?:cells-([0-9a-f]{8})-\d{5,9}|columns-([0-9a-f]{8}))\.parquet")
+"""Names that files of moments have, with the id of the delta; nothing else is ever read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +251,8 @@ def read_manifest(folder: Folder, number: int | None = None) -> Manifest:
     found = made_record(Manifest, content, file, SCHEMA)
     if found.version != number:
         raise DataError(f"{file}: is of version {found.version}, its name says {number}")
-    if not found.deltas or len({delta.id for delta in found.deltas}) != len(found.deltas):
-        raise DataError(f"{file}: deltas: must be some, with different ids")
+    if not found.deltas:
+        raise DataError(f"{file}: deltas: must be some")
     for delta in found.deltas:
         _check_files(delta, f"{file}: deltas: {delta.id}: ")
     if len(found.files) != sum(len(delta.files) for delta in found.deltas):
@@ -262,12 +263,21 @@ def read_manifest(folder: Folder, number: int | None = None) -> Manifest:
 def _check_files(delta: Delta, where: str) -> None:
     names = [*(shard.name for shard in delta.shards), delta.sums]
     right = len(set(names)) == len(names) > 1 and set(names) == delta.files.keys()
-    if not right or not all(FILE_NAME.fullmatch(name) for name in names):
+    matches = [FILE_NAME.fullmatch(name) for name in names]
+    if not right or any(match is None or delta.id not in match.groups() for match in matches):
         raise DataError(f"{where}files: must be those of shards and sums")
     if any(known.rows < 0 or known.size < 0 for known in delta.files.values()):
         raise DataError(f"{where}files: must have rows and sizes from zero")
     if delta.nobs < 0 or sum(shard.nobs for shard in delta.shards) != delta.nobs:
         raise DataError(f"{where}nobs: must be the rows of all shards")
+
+
+def too_late(folder: Folder) -> DataError:
+    """What a writer is told that starts from a state that is not the newest any more."""
+    return DataError(
+        f"{folder.name}: another process has changed these moments since they were read here; "
+        "this change was not made: open them again and repeat it"
+    )
 
 
 def commit(folder: Folder, manifest: Manifest) -> None:
@@ -278,14 +288,11 @@ def commit(folder: Folder, manifest: Manifest) -> None:
     DataError
         another process has changed the directory since; nothing was changed
     OSError
-        it cannot be written; nothing was changed
+        it cannot be written; nothing was changed, as far as the storage has answered
     """
     name = manifest_name(manifest.version)
-    refused = DataError(
-        f"{folder.name}: another process has changed these moments since they were read here; "
-        "this change was not made: open them again and repeat it"
-    )
-    if newest(folder) not in (None, manifest.version - 1):
+    refused = too_late(folder)
+    if (newest(folder) or 0) != manifest.version - 1:
         raise refused
     if not folder.create(name, record_bytes(manifest)):
         raise refused
@@ -293,7 +300,8 @@ def commit(folder: Folder, manifest: Manifest) -> None:
         folder.remove(name)
         raise refused
     if manifest.version > HISTORY:
-        folder.remove(manifest_name(manifest.version - HISTORY))
+        with suppress(OSError):  # it is in nobody's way
+            folder.remove(manifest_name(manifest.version - HISTORY))
 
 
 def stored_spec(manifest: Manifest, file: str) -> DesignSpec:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial, reduce
@@ -87,14 +88,17 @@ def commit_or_clean(folder: Folder, manifest: Manifest, new: Sequence[Delta]) ->
     """`commit`; if that fails, the files of new deltas are removed."""
     try:
         commit(folder, manifest)
-    except DataError:
-        for delta in new:
-            remove_files(folder, delta.files)
+    except (DataError, OSError) as error:
+        if folder.local or isinstance(
+            error, DataError
+        ):  # an answer that got lost may have been yes
+            for delta in new:
+                remove_files(folder, delta.files)
         raise
 
 
 def is_own(name: str) -> bool:
-    """Whether a file is one that is written here, or was to become one."""
+    """Whether a file is one that is written here before a manifest, also if it is not whole."""
     return FILE_NAME.fullmatch(name) is not None or UNNAMED.fullmatch(name) is not None
 
 
@@ -124,8 +128,23 @@ def write_delta(
     OSError
         it cannot be written
     """
-    spec, token = moments.spec, uuid4().hex[:8]
-    totals = moments.summary.totals
+    token = uuid4().hex[:8]
+    try:
+        return _written(folder, moments, token, sources, created)
+    except BaseException:
+        with suppress(OSError):
+            remove_files(folder, [x for x in folder.names() if token in x and is_own(x)])
+        raise
+
+
+def _written(
+    folder: Folder,
+    moments: CellMoments | RemoteMoments,
+    token: str,
+    sources: Sequence[SourceState],
+    created: str | None,
+) -> Delta:
+    spec, totals = moments.spec, moments.summary.totals
     files: dict[str, TableFile] = {}
     shards = []
     for name, shard, known in _written_cells(folder, moments, f"cells-{token}"):

@@ -23,7 +23,7 @@ class SourceState:
     kind
         see `Source`
     location
-        path or URI from which it can be opened again, without credentials; "" without one
+        path or URI of the data, without credentials; "" without one
     rows_wanted
         filters in words, "" for all rows
     declared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dmixed.design import DesignSpec
 from dmixed.erasure import alike, has_crossproducts, less, without
 from dmixed.errors import DataError
 from dmixed.formula.expressions import Name
+from dmixed.keys import EXACT
 from dmixed.ledger import checked
 from dmixed.manifests import Delta
 from dmixed.provenance import SourceState
@@ -56,7 +58,7 @@ class Opener:
         wanted = self.filters if condition is None else condition
         if self.data is not None:
             return open_source(self.data, self.options, filters=wanted)
-        if not state.location:
+        if not state.location or state.kind == "iceberg":  # which a catalog opens
             raise DataError(
                 f"data of kind {state.kind!r} cannot be found again from what is stored: pass data="
             )
@@ -87,7 +89,7 @@ def without_files(
                 own = {file.name for state in delta.sources for file in state.files}
                 if not own & names:
                     kept.append(delta)
-                elif own - names:
+                elif own - names or not all(state.files for state in delta.sources):
                     made.append(_divided(store, delta, own & names, opener, client))
                     kept.append(made[-1])
         except BaseException:
@@ -100,11 +102,11 @@ def _divided(
     store: StoreDirectory, delta: Delta, names: set[str], opener: Opener, client: Any
 ) -> Delta:
     """A delta without the rows of some of its files: subtracted, or else made of the others."""
-    states = [
+    rest = [
         replace(x, files=tuple(file for file in x.files if file.name not in names))
         for x in delta.sources
+        if not x.files or {file.name for file in x.files} - names
     ]
-    rest = [state for state in states if state.files]
     try:
         left = store.cells([delta])
         for state in delta.sources:
@@ -209,7 +211,8 @@ def _condition(spec: DesignSpec, wanted: Mapping[str, Any]) -> Any:
         node = nodes[key]
         if not isinstance(node, Name):
             raise DataError(f"{key}: is an expression, by which rows cannot be looked up")
-        one = pc.field(node.column) == label
+        wide = isinstance(label, Integral) and int(label) >= 2**63
+        one = pc.field(node.column) == (pa.scalar(int(label), pa.uint64()) if wide else label)
         found = one if found is None else found & one
     return found
 
@@ -239,6 +242,8 @@ def matching(cells: CellMoments, wanted: Mapping[str, Any]) -> NDArray[np.bool_]
     found = np.ones(len(cells.labels), np.bool_)
     for key, label in wanted.items():
         array = cells.labels.arrays[cells.labels.names.index(key)]
+        if isinstance(label, Integral) and not _holds(array.type, int(label)):
+            return np.zeros_like(found)
         try:
             same = pc.equal(array, pa.scalar(label, array.type))
         except (pa.ArrowException, TypeError, OverflowError):
@@ -247,6 +252,14 @@ def matching(cells: CellMoments, wanted: Mapping[str, Any]) -> NDArray[np.bool_]
             ) from None
         found &= same.to_numpy(zero_copy_only=False)
     return found
+
+
+def _holds(type_: pa.DataType, label: int) -> bool:
+    """Whether a type, if it is one of numbers, holds an integer: another delta's may be wider."""
+    if pa.types.is_floating(type_):
+        return label in range(-EXACT, EXACT + 1)
+    low = 0 if type_ == pa.uint64() else -(2**63)
+    return not pa.types.is_integer(type_) or label in range(low, 2**64 + low)
 
 
 def _clean(store: StoreDirectory, made: Sequence[Delta]) -> None:

@@ -7,7 +7,7 @@ processes that start from the same state, the second is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from dmixed.executor import DRIVER, collect
 from dmixed.folders import Folder, check_workers
 from dmixed.ledger import entries, shown
 from dmixed.manifests import (
+    MANIFEST_NAME,
     Delta,
     Manifest,
     manifest_name,
@@ -29,6 +30,7 @@ from dmixed.manifests import (
     read_manifest,
     spec_of,
     stored_spec,
+    too_late,
 )
 from dmixed.progress import Progress, Report, open_progress
 from dmixed.provenance import SourceState, source_state
@@ -121,7 +123,14 @@ class StoreDirectory:
 
     def cells(self, deltas: Sequence[Delta]) -> CellMoments:
         """The sum of some deltas, in this process."""
-        return momentstore.read(self.folder, self.manifest, deltas)
+        try:
+            return momentstore.read(self.folder, self.manifest, deltas)
+        except DataError as error:
+            with self.written():
+                number = newest(self.folder)
+            if number in (None, self.manifest.version):
+                raise
+            raise too_late(self.folder) from error
 
     def moments(self, last: int | None = None) -> CellMoments | RemoteMoments:
         """The sum of the last deltas, or of all; if a writer was faster, of the state it made.
@@ -259,11 +268,56 @@ class StoreDirectory:
         DataError
             another process was faster; the files of new deltas are removed
         """
-        before = self.manifest
-        manifest = manifest_of(self.spec, deltas, before.version + 1)
+        before, spec = self.manifest, self.spec
+        for j, key in enumerate(spec.keys):
+            kinds = {_kind(x.key_types[j]) for delta in deltas for x in delta.shards if x.nobs}
+            if len(kinds) > 1:
+                for delta in new:
+                    momentstore.remove_files(self.folder, delta.files)
+                raise DataError(
+                    f"group key {key.name!r} has type {' and '.join(sorted(kinds))} in rows that "
+                    "are to be added; give the column one type everywhere"
+                )
+        manifest = manifest_of(spec, deltas, before.version + 1)
         momentstore.commit_or_clean(self.folder, manifest, new)
         self.manifest = manifest
-        momentstore.remove_files(self.folder, before.files - manifest.files)
+        self._remove(before.files - manifest.files)
+
+    def erase(self, deltas: Sequence[Delta], new: Sequence[Delta]) -> None:
+        """`commit`, after which nothing is left of what was there before.
+
+        Files that no manifest names are removed whatever their age: who has written them before
+        this commit, and still wants to name them, is refused by it.
+        """
+        there = self.folder.names()
+        self.commit(deltas, new)
+        known, own = self.manifest.files, manifest_name(self.manifest.version)
+        self._remove(
+            name
+            for name in there
+            if name not in known
+            and name != own
+            and (momentstore.is_own(name) or MANIFEST_NAME.fullmatch(name))
+        )
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove files after a change."""
+        try:
+            momentstore.remove_files(self.folder, names)
+        except OSError as error:
+            raise DataError(
+                f"{self.folder.name}: the change was made, but files of the state before could not "
+                f"be removed: {error.strerror or error}"
+            ) from error
+
+
+def _kind(type_: str) -> str:
+    """Types of labels of one kind go together."""
+    if type_ in ("int64", "uint64", "double"):
+        return "number"
+    if type_.startswith("timestamp"):
+        return "timestamp of a zone" if "tz=" in type_ else "timestamp"
+    return type_.removeprefix("large_")
 
 
 def _joined(sources: Sequence[SourceState]) -> tuple[SourceState, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import dask.dataframe as dd
 import numpy as np
@@ -28,10 +29,11 @@ from dmixed.cellmoments import CellMoments
 from dmixed.errors import DataError
 from dmixed.folders import Folder
 from dmixed.formula import parse
-from dmixed.manifests import MANIFEST, read_manifest
+from dmixed.manifests import Manifest, manifest_name, read_manifest
 from dmixed.moments import GroupMoments
 from dmixed.momentstore import read, write
 
+MANIFEST = manifest_name(1)
 FORMULA = "y ~ x + f + (1 + x | g)"
 N = 600
 
@@ -124,13 +126,14 @@ def test_a_round_trip(
     assert found.spec.references == formula.startswith("far")
     shards = shards and "h" not in formula  # several factors stay together
     assert bool(found.sizes) == shards
-    folder = Folder.at(f"memory://moments/{formula}{shards}")
+    folder = Folder.at(f"memory://moments/{uuid4().hex}")
     written = write(folder, found)
     manifest = read_manifest(folder)
     assert manifest == written
     assert manifest.nbytes == found.group.nbytes - 2 * found.group.FtF.nbytes
     assert_same_moments(read(folder, manifest), found)
-    assert len(manifest.shards) == (planning.SHARDS if shards else 1)
+    (delta,) = manifest.deltas
+    assert len(delta.shards) == (planning.SHARDS if shards else 1)
 
 
 def test_all_of_the_moments_is_written() -> None:
@@ -172,8 +175,7 @@ def test_a_fit_that_is_resumed(data: str, place: str, monkeypatch: pytest.Monkey
     plain = dmixed.lmer(FORMULA, data)
     first = dmixed.lmer(FORMULA, data, checkpoint=place)
     assert first.to_dict() == plain.to_dict()
-    files = sorted(os.listdir(place))
-    assert files == ["cells-00000.parquet", "columns.parquet", MANIFEST, "progress.json"]
+    assert {*os.listdir(place)} == files_of(read_manifest(Folder.at(place)))
     state = json.loads((Path(place) / "progress.json").read_text())
     assert list(state) == [
         *("schema", "moments", "reml", "evaluations", "criterion", "Psi", "sha256"),
@@ -187,6 +189,14 @@ def test_a_fit_that_is_resumed(data: str, place: str, monkeypatch: pytest.Monkey
     for reml in (False, True):  # the other criterion is not begun where this one was
         own = dmixed.lmer(FORMULA, data, reml, checkpoint=place)
         assert_same_fit(own, dmixed.lmer(FORMULA, table(), reml))
+
+
+def files_of(manifest: Manifest) -> set[str]:
+    """All files of a checkpoint of one delta of one shard."""
+    (delta,) = manifest.deltas
+    token = delta.id
+    assert manifest.files == {f"cells-{token}-00000.parquet", f"columns-{token}.parquet"}
+    return {*manifest.files, manifest_name(manifest.version), "progress.json"}
 
 
 def resumed(data: str, place: str, plain: dmixed.MixedLMResults, done: int) -> None:
@@ -245,15 +255,15 @@ import dmixed
 from dmixed.folders import Folder
 
 when, formula, data, place = sys.argv[1:]
-put = Folder.put
+create = Folder.create
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def killing(folder, name, *rest, **options):
-    if when == "manifest" and name == "manifest.json":
+def killing(folder, name, content):
+    if when == "manifest":
         kill()
-    return put(folder, name, *rest, **options)
+    return create(folder, name, content)
 
 def told(event):
     if when == "pass" and event.stage == "pass" and event.done:
@@ -266,7 +276,7 @@ def told(event):
 if when == "full":
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-Folder.put = killing
+Folder.create = killing
 try:
     dmixed.lmer(formula, data, checkpoint=place, progress=told)
 except dmixed.DataError as error:
@@ -356,11 +366,13 @@ def test_other_files(data: str, place: str, tmp_path: Path) -> None:
     os.utime(part)
     refused(place, data, f"{part} changed")
 
+    before = read_manifest(Folder.at(place)).files
     again = dmixed.lmer(FORMULA, data, checkpoint=place, resume=False)
     assert_same_fit(again, dmixed.lmer(FORMULA, data))
     manifest = read_manifest(Folder.at(place))
-    assert {*os.listdir(place)} == {MANIFEST, "progress.json", *manifest.files}
-    assert "cells-00000.parquet" not in manifest.files
+    assert manifest.version == 2
+    assert not manifest.files & before
+    assert {*os.listdir(place)} == {MANIFEST, *files_of(manifest)}
     dmixed.lmer(FORMULA, data, checkpoint=place)
 
 
@@ -368,16 +380,15 @@ def test_a_replacement_that_fails_keeps_what_was_there(
     data: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = dmixed.lmer(FORMULA, data, checkpoint=place)
-    put = Folder.put
+    before = {*os.listdir(place)}
 
-    def full(folder: Folder, name: str, *rest: Any, **options: Any) -> None:
-        if name == MANIFEST:
-            raise OSError(28, "No space left on device")
-        put(folder, name, *rest, **options)
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Folder, "put", full)
+    monkeypatch.setattr(Folder, "create", full)
     refused(place, data, "cannot be written: No space left on device", resume=False)
     monkeypatch.undo()
+    assert {*os.listdir(place)} == before
     assert_same_fit(dmixed.lmer(FORMULA, data, checkpoint=place), first)
 
 
@@ -425,7 +436,13 @@ def test_arguments(data: str, place: str, tmp_path: Path) -> None:
 
 def test_files_that_the_manifest_does_not_name(data: str, place: str) -> None:
     first = dmixed.lmer(FORMULA, data, checkpoint=place)
-    for name in ("cells-00001.parquet", "cells-00000-ab.parquet", "notes.txt", ".x.dmixed"):
+    for name in (
+        "cells-0123abcd-00000.parquet",
+        "cells-00000.parquet",
+        "manifest.json",
+        "notes.txt",
+        ".x.dmixed",
+    ):
         (Path(place) / name).write_text("nothing")
     assert_same_fit(dmixed.lmer(FORMULA, data, checkpoint=place), first)
 
@@ -537,7 +554,8 @@ def test_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         first = dmixed.lmer(FORMULA, "s3://checkpoints/rows", **given)
         names = {path.rpartition("/")[2] for path in fs.find("checkpoints/kept/here", refresh=True)}
-        assert names == {"cells-00000.parquet", "columns.parquet", MANIFEST, "progress.json"}
+        manifest = read_manifest(Folder.at("s3://checkpoints/kept/here", options))
+        assert names == files_of(manifest)
         told: list[str] = []
         again = dmixed.lmer(
             FORMULA, "s3://checkpoints/rows", progress=lambda e: told.append(e.message), **given
@@ -545,11 +563,10 @@ def test_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_fit(again, first)
         assert told[1].startswith("resumed from s3://checkpoints/kept/here")
         assert "wJalrXUtnFEMI" not in fs.cat_file(f"checkpoints/kept/here/{MANIFEST}").decode()
-        fs.pipe_file("checkpoints/kept/here/columns.parquet", b"PAR1")
+        sums = manifest.deltas[0].sums
+        fs.pipe_file(f"checkpoints/kept/here/{sums}", b"PAR1")
         place = "s3://checkpoints/kept/here"
-        refused(
-            place, "s3://checkpoints/rows", "columns.parquet: is damaged", storage_options=options
-        )
+        refused(place, "s3://checkpoints/rows", f"{sums}: is damaged", storage_options=options)
         with fs.open("checkpoints/rows/a.parquet", "wb") as file:
             table(seed=3).to_parquet(file)
         refused(place, "s3://checkpoints/rows", "a.parquet changed", storage_options=options)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,11 +25,18 @@ from dmixed import records, resultfiles
 from dmixed.errors import DataError
 from dmixed.folders import Folder
 
-CELLS_FILE, SUMS_FILE = "cells-00000.parquet", "columns.parquet"
-FILES = ("result.json", "manifest.json", CELLS_FILE, SUMS_FILE)
+FILES = ("result", "manifest", "cells", "columns")
+"""Beginnings of the names of all files."""
+MANIFEST = "manifest-00000001.json"
 OF_RESULT = ("schema", "moments", "names", "estimates", "history")
 N = 240
 DAY = pd.Timestamp("2024-02-27")
+
+
+def name_of(path: Path, beginning: str) -> str:
+    """Name of the one file that begins so; names of tables hold a random number."""
+    (name,) = [x for x in os.listdir(path) if x.startswith(beginning)]
+    return name
 
 
 @cache
@@ -227,9 +235,20 @@ def test_a_round_trip(name: str, tmp_path: Path) -> None:
     for (what, a), (_, b) in zip(everything(found), everything(loaded), strict=True):
         assert_same(a, b, what)
     loaded.save(tmp_path / "b")
-    assert sorted(os.listdir(tmp_path / "b")) == sorted(FILES)
-    for file in FILES:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert len(os.listdir(tmp_path / "b")) == len(FILES)
+    for one, other in (
+        [tmp_path / x / name_of(tmp_path / x, file) for x in "ab"] for file in FILES
+    ):
+        if one.suffix == ".parquet":
+            assert one.read_bytes() == other.read_bytes()
+        else:
+            assert unnamed(one) == unnamed(other)
+
+
+def unnamed(file: Path) -> str:
+    """A record without what differs each time: the names of files, their time, and checksums."""
+    text = re.sub(r"-[0-9a-f]{8}(-\d{5})?\.parquet", r"\1.parquet", file.read_text())
+    return re.sub(r'"(id|created|sha256|moments)": "[^"]*"', r'"\1": ""', text) + "\n"
 
 
 @pytest.mark.parametrize("name", ["one bar", "categories", "splines", "pi, a column", "shrunk"])
@@ -300,7 +319,7 @@ def test_many_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(records, "ROW_GROUP", 512)
     found = fitted("one bar")
     found.save(tmp_path / "a")
-    assert pq.ParquetFile(tmp_path / "a" / CELLS_FILE).num_row_groups > 3
+    assert pq.ParquetFile(tmp_path / "a" / name_of(tmp_path / "a", "cells")).num_row_groups > 3
     loaded = dmixed.MixedLMResults.load(tmp_path / "a")
     assert_same(found.ranef(), loaded.ranef(), "ranef")
 
@@ -320,27 +339,36 @@ def test_moments_that_were_loaded_add(tmp_path: Path) -> None:
 def test_the_format(stored: Path) -> None:
     """What other programs rely on: change it, and the schema's number changes."""
     result = json.loads((stored / "result.json").read_text())
-    record = json.loads((stored / "manifest.json").read_text())
+    record = json.loads((stored / MANIFEST).read_text())
     assert list(result) == [*OF_RESULT, "sha256"]
     assert list(record) == [
-        *("schema", "versions", "machine", "formula", "words", "inputs", "text_columns", "weights"),
-        *("offset", "missing", "references", "dropped", "frame", "levels", "columns", "random"),
-        *("log_weights", "recoding", "nobs", "source", "shards", "sums", "files", "sha256"),
+        *("schema", "version", "versions", "machine", "formula", "words", "inputs"),
+        *("text_columns", "weights", "offset", "missing", "carry", "group_crossproducts"),
+        *("deltas", "sha256"),
+    ]
+    (delta,) = record["deltas"]
+    assert list(delta) == [
+        *("id", "created", "sources", "references", "dropped", "frame", "levels", "columns"),
+        *("random", "log_weights", "recoding", "nobs", "shards", "sums", "files"),
     ]
     assert result["schema"] == "dmixed-stored-result/2"
-    assert record["schema"] == "dmixed-moments/1"
+    assert record["schema"] == "dmixed-moments/2"
+    assert record["version"] == 1
     assert result["moments"] == record["sha256"]
-    assert record["shards"] == [
-        {"name": CELLS_FILE, "nobs": N - 2, "key_types": ["large_string", "int64", "int64"]}
+    cells_file, sums_file = f"cells-{delta['id']}-00000.parquet", f"columns-{delta['id']}.parquet"
+    assert sorted(os.listdir(stored)) == sorted(["result.json", MANIFEST, cells_file, sums_file])
+    assert delta["sums"] == sums_file
+    assert delta["shards"] == [
+        {"name": cells_file, "nobs": N - 2, "key_types": ["large_string", "int64", "int64"]}
     ]
     assert record["words"] == {
         "groups": ["town", "h"], "re_formula": "1", "vc_formula": [["s", "0 + C(s)"]]
     }  # fmt: skip
-    assert record["columns"][:2] == [
+    assert delta["columns"][:2] == [
         {"cell": [], "powers": []},
         {"cell": [], "powers": [["x", 1]]},
     ]
-    assert record["levels"] == {"f": {"levels": ["b", "a", "c"], "categories": None}}
+    assert delta["levels"] == {"f": {"levels": ["b", "a", "c"], "categories": None}}
     assert list(result["estimates"]) == [
         *("reml", "value", "beta", "cov_beta", "working_beta", "sigma2", "root", "theta"),
         *("variances", "summary", "beta_slope", "free_beta", "free_pairs", "shrunk", "penalised"),
@@ -360,15 +388,15 @@ def test_the_format(stored: Path) -> None:
             "sampled",
         ),
     ]
-    cells = pq.read_table(stored / CELLS_FILE)
+    cells = pq.read_table(stored / cells_file)
     assert cells.column_names == ["town", "h", "s", "rows", "WtF"]
     assert cells.schema.types[:3] == [pa.large_string(), pa.int64(), pa.int64()]
     assert sum(cells["rows"].to_pylist()) == N - 2
-    columns = pq.read_table(stored / SUMS_FILE)
+    columns = pq.read_table(stored / sums_file)
     assert columns.column_names == ["FtF", "plain"]
-    assert len(columns) == len(record["columns"])
-    assert list(record["files"]) == [CELLS_FILE, SUMS_FILE]
-    for name, known in record["files"].items():
+    assert len(columns) == len(delta["columns"])
+    assert list(delta["files"]) == [cells_file, sums_file]
+    for name, known in delta["files"].items():
         assert (stored / name).stat().st_size == known["size"]
         assert hashlib.sha256((stored / name).read_bytes()).hexdigest() == known["sha256"]
 
@@ -469,13 +497,18 @@ def loads(path: Path) -> tuple[dmixed.MixedLMResults | None, str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_is_missing(stored: Path, file: str) -> None:
-    (stored / file).unlink()
-    refused(stored, file, "No such file")
+    name = name_of(stored, file)
+    (stored / name).unlink()
+    if file == "manifest":
+        refused(stored, "", "there are no moments: it has no manifest-*.json")
+    else:
+        refused(stored, name, "No such file")
 
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("size", [0, 1, 0.5, -2])
 def test_a_truncated_file(stored: Path, file: str, size: float) -> None:
+    file = name_of(stored, file)
     whole = (stored / file).read_bytes()
     (stored / file).write_bytes(whole[: int(size * len(whole)) if 0 < size < 1 else int(size)])
     refused(stored, file, "damaged")
@@ -483,6 +516,7 @@ def test_a_truncated_file(stored: Path, file: str, size: float) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_flipped_bit(stored: Path, file: str) -> None:
+    file = name_of(stored, file)
     whole = (stored / file).read_bytes()
     rng = random.Random(3)
     for at in rng.sample(range(len(whole)), 60):
@@ -527,14 +561,14 @@ def sign(path: Path, file: str, record: dict[str, Any]) -> None:
     record.pop("sha256", None)
     checksum = records._checksum(record)
     (path / file).write_text(json.dumps({**record, "sha256": checksum}))
-    if file == "manifest.json":
+    if file == MANIFEST:
         result = json.loads((path / "result.json").read_text())
         sign(path, "result.json", {**result, "moments": checksum})
 
 
 def forge(path: Path, *where: Any, value: Any) -> None:
     """Change a value of a manifest, or of the result, by the names that lead there."""
-    file = "result.json" if where[0] in OF_RESULT else "manifest.json"
+    file = "result.json" if where[0] in OF_RESULT else MANIFEST
     record = json.loads((path / file).read_text())
     place = record
     for name in where[:-1]:
@@ -554,7 +588,7 @@ def forge(path: Path, *where: Any, value: Any) -> None:
         ("formula", "y ~ z * f", "no column 'z'"),
         ("formula", "y ~ __import__('os').system('false') * f", "formula"),
         ("formula", 3, "formula: must be text, not 3"),
-        ("formula", KeyError, "must be an object of schema, versions, machine, formula"),
+        ("formula", KeyError, "must be an object of schema, version, versions, machine, formula"),
         ("words", None, "has no random effect"),
         ("words groups", ["town"], "inputs"),
         ("words vc_formula", [], "inputs"),
@@ -563,43 +597,50 @@ def forge(path: Path, *where: Any, value: Any) -> None:
         ("text_columns", ["elsewhere"], "text_columns"),
         ("text_columns", ["town"], "frame"),
         ("inputs", ["y", "x", "f", "town", "h", "s", "z"], "inputs"),
-        ("weights", None, "columns.parquet"),
+        ("weights", None, "columns-"),
         ("missing", "sometimes", "missing"),
-        ("dropped", {"x": "many"}, "dropped: x: must be a whole number, not 'many'"),
+        ("deltas 0 dropped", {"x": "many"}, "dropped: x: must be a whole number, not 'many'"),
         ("names plain", 0, "names: plain: must be true or false, not 0"),
         ("names fixed", ["one"], "names"),
         ("names random", ["one", "two"], "names"),
-        ("frame scale 1", 0.0, "frame"),
-        ("frame scale 1", None, "frame"),
-        ("frame shift 0", "inf", "frame"),
-        ("frame shift", [], "frame: must be an object whose lists match in length"),
-        ("levels", {}, "levels"),
-        ("levels f levels", ["b", "a"], "columns"),
-        ("levels f levels", [["b"], "a", "c"], "levels: f: levels: must be text"),
-        ("levels f categories", ["b", "a"], "levels"),
-        ("columns", [], "columns"),
-        ("columns 0 cell", [["f", "a"]], "columns"),
-        ("columns 0 cell", [["g", "a"]], "columns"),
-        ("columns 1 powers", [["x", 2]], "columns"),
-        ("random", [1], "columns"),
-        ("random", [10**30], "columns"),
-        ("log_weights", None, "log_weights"),
-        ("shards 0 key_types", ["large_string", "int64"], "key_types"),
-        ("shards 0 key_types 1", "extension<arrow.py_extension_type>", "key_types"),
-        ("shards 0 key_types 1", "timestamp[s, tz=Nowhere/Land]", "key_types"),
-        ("shards 0 key_types 1", "large_string", CELLS_FILE),
-        ("files", {}, "files"),
-        ("files ../x", {"rows": 1, "size": 1, "sha256": "0"}, "files"),
-        ("files cells-00000.parquet rows", 5, CELLS_FILE),
-        ("files cells-00000.parquet rows", -1, "files"),
-        ("files cells-00000.parquet size", 5, CELLS_FILE),
-        ("shards", [], "files"),
-        ("shards 0 name", "../cells-00000.parquet", "files"),
-        ("shards 0 nobs", 5, "nobs"),
-        ("nobs", 5, "nobs"),
-        ("sums", "cells-00000.parquet", "files"),
-        ("references", True, CELLS_FILE),
-        ("source", {"kind": 1}, "source: must be an object of kind, rows_wanted"),
+        ("deltas 0 frame scale 1", 0.0, "frame"),
+        ("deltas 0 frame scale 1", None, "frame"),
+        ("deltas 0 frame shift 0", "inf", "frame"),
+        ("deltas 0 frame shift", [], "frame: must be an object whose lists match in length"),
+        ("deltas 0 levels", {}, "levels"),
+        ("deltas 0 levels f levels", ["b", "a"], "columns"),
+        ("deltas 0 levels f levels", [["b"], "a", "c"], "levels: f: levels: must be text"),
+        ("deltas 0 levels f categories", ["b", "a"], "levels"),
+        ("deltas 0 columns", [], "columns"),
+        ("deltas 0 columns 0 cell", [["f", "a"]], "columns"),
+        ("deltas 0 columns 0 cell", [["g", "a"]], "columns"),
+        ("deltas 0 columns 1 powers", [["x", 2]], "columns"),
+        ("deltas 0 random", [1], "columns"),
+        ("deltas 0 random", [10**30], "columns"),
+        ("deltas 0 log_weights", None, "log_weights"),
+        ("deltas 0 shards 0 key_types", ["large_string", "int64"], "key_types"),
+        ("deltas 0 shards 0 key_types 1", "extension<arrow.py_extension_type>", "key_types"),
+        ("deltas 0 shards 0 key_types 1", "timestamp[s, tz=Nowhere/Land]", "key_types"),
+        ("deltas 0 shards 0 key_types 1", "large_string", "cells"),
+        ("deltas 0 files", {}, "files"),
+        ("deltas 0 files ../x", {"rows": 1, "size": 1, "sha256": "0"}, "files"),
+        ("deltas 0 files CELLS rows", 5, "cells"),
+        ("deltas 0 files CELLS rows", -1, "files"),
+        ("deltas 0 files CELLS size", 5, "cells"),
+        ("deltas 0 shards", [], "files"),
+        ("deltas 0 shards 0 name", "../CELLS", "files"),
+        ("deltas 0 shards 0 nobs", 5, "nobs"),
+        ("deltas 0 nobs", 5, "nobs"),
+        ("deltas 0 sums", "CELLS", "files"),
+        ("deltas 0 references", True, "cells"),
+        ("deltas 0 sources", [{"kind": 1}], "sources: must be an object of kind, location"),
+        ("deltas 0 sources", {"kind": 1}, "sources: must be a list"),
+        ("deltas 0 id", "00000000", "deltas: 00000000: files: must be those of shards and sums"),
+        ("deltas", [], "deltas: must be some"),
+        ("version", 2, "is of version 2, its name says 1"),
+        ("carry", ["z"], "carry: the data have no column 'z'"),
+        ("carry", ["x:"], "carry"),
+        ("group_crossproducts", True, "columns"),
         ("moments", "0", "is of other moments"),
         ("estimates beta", [1.0], "estimates: beta: must be numbers (6,)"),
         ("estimates beta 0", None, "estimates: beta: must hold finite numbers"),
@@ -623,9 +664,24 @@ def forge(path: Path, *where: Any, value: Any) -> None:
     ],
 )  # fmt: skip
 def test_a_forged_manifest(stored: Path, where: str, value: Any, message: str) -> None:
-    names = [int(x) if x.isdigit() else x for x in where.split()]
+    cells = name_of(stored, "cells")
+    names = [int(x) if x.isdigit() else x.replace("CELLS", cells) for x in where.split()]
+    if isinstance(value, str):
+        value = value.replace("CELLS", cells)
     forge(stored, *names, value=value)
-    refused(stored, CELLS_FILE if "cells" in message else "", message)
+    refused(stored, cells if message == "cells" else "", message)
+
+
+def test_files_elsewhere(stored: Path) -> None:
+    """Nothing outside the directory is read, whatever a manifest says."""
+    name = name_of(stored, "cells")
+    record = json.loads((stored / MANIFEST).read_text())
+    for elsewhere in (f"../{name}", str(stored / name), f"./{name}", f"{name}/../{name}"):
+        delta = json.loads(json.dumps(record["deltas"][0]))
+        delta["shards"][0]["name"] = elsewhere
+        delta["files"] = {elsewhere if x == name else x: y for x, y in delta["files"].items()}
+        sign(stored, MANIFEST, {**record, "deltas": [delta]})
+        refused(stored, MANIFEST, "files: must be those of shards and sums")
 
 
 def leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -638,7 +694,7 @@ def leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 def test_any_forged_value_is_an_error_of_the_data(stored: Path) -> None:
     """Whatever stands anywhere in a manifest: it loads, or a DataError says why not."""
-    texts = {file: (stored / file).read_text() for file in ("result.json", "manifest.json")}
+    texts = {file: (stored / file).read_text() for file in ("result.json", MANIFEST)}
     everywhere = [x for t in texts.values() for x in leaves(json.loads(t)) if x]
     everywhere = [x for x in everywhere if x != ("sha256",)]
     rng = random.Random(11)
@@ -657,7 +713,8 @@ def replaced(path: Path, file: str, table: pa.Table) -> None:
     pq.write_table(table, path / file)
     known = hashlib.sha256((path / file).read_bytes()).hexdigest()
     size = (path / file).stat().st_size
-    forge(path, "files", file, value={"rows": len(table), "size": size, "sha256": known})
+    value = {"rows": len(table), "size": size, "sha256": known}
+    forge(path, "deltas", 0, "files", file, value=value)
 
 
 def column(table: pa.Table, name: str, values: Any) -> pa.Table:
@@ -684,23 +741,25 @@ CELLS: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 @pytest.mark.parametrize("name", CELLS)
 def test_forged_cells(stored: Path, name: str) -> None:
-    table = pq.read_table(stored / CELLS_FILE)
+    file = name_of(stored, "cells")
+    table = pq.read_table(stored / file)
     assert table["WtF"].type.list_size == 9
-    replaced(stored, CELLS_FILE, CELLS[name](table))
-    refused(stored, CELLS_FILE)
+    replaced(stored, file, CELLS[name](table))
+    refused(stored, file)
 
 
 def test_forged_sums(stored: Path) -> None:
-    table = pq.read_table(stored / SUMS_FILE)
+    file = name_of(stored, "columns")
+    table = pq.read_table(stored / file)
     k = len(table)
     lists = pa.list_(pa.float64(), k)
     for bad in (table[:-1], table.drop_columns(["plain"]), table.rename_columns(["plain", "FtF"])):
-        replaced(stored, SUMS_FILE, bad)
-        refused(stored, SUMS_FILE)
+        replaced(stored, file, bad)
+        refused(stored, file)
     for number in (np.nan, 0.0, -1.0, 1e300):
         replaced(
             stored,
-            SUMS_FILE,
+            file,
             pa.table({x: pa.array([[number] * k] * k, lists) for x in ("FtF", "plain")}),
         )
         with np.errstate(all="ignore"):
@@ -710,10 +769,11 @@ def test_forged_sums(stored: Path) -> None:
 def test_files_of_another_result(stored: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     lmer("y ~ x + (1 | g)").save(other)
-    shutil.copy(other / CELLS_FILE, stored / CELLS_FILE)
-    refused(stored, CELLS_FILE, "checksum")
-    replaced(stored, CELLS_FILE, pq.read_table(other / CELLS_FILE))
-    refused(stored, CELLS_FILE, "columns")
+    own, others = (path / name_of(path, "cells") for path in (stored, other))
+    shutil.copy(others, own)
+    refused(stored, own.name, "checksum")
+    replaced(stored, own.name, pq.read_table(others))
+    refused(stored, own.name, "columns")
 
 
 def test_no_pickle(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -560,14 +560,17 @@ def test_forged_recoding(tmp_path):
     both().save(tmp_path / "a")
     manifest = read_manifest(Folder.at(str(tmp_path / "a")))
     stored_spec(manifest, "file")
-    own = manifest.recoding
+    (delta,) = manifest.deltas
+    own = delta.recoding
     forged = [
         dataclasses.replace(own, S=tuple(map(tuple, f(np.array(own.S)).tolist()))) for f in FORGED
     ]
     forged.append(dataclasses.replace(own, columns=own.columns[:1] * len(own.columns)))
     for recoding in forged:
+        bad = dataclasses.replace(delta, recoding=recoding)
+        bad_manifest = dataclasses.replace(manifest, deltas=(bad,))
         with pytest.raises(dmixed.DataError, match="file: recoding"):
-            stored_spec(dataclasses.replace(manifest, recoding=recoding), "file")
+            stored_spec(bad_manifest, "file")
 
 
 def test_weights_about_references():

@@ -118,7 +118,7 @@ class FilesSource(Source, Protocol):
 
     @property
     def location(self) -> str:
-        """Path or URI from which they can be opened again, without credentials; "" without one."""
+        """Path or URI of the data, without credentials; "" without one."""
 
     def listed(self) -> dict[str, tuple[int | None, str]]:
         """Size and stamp of each file, see `Fingerprint`, by name."""

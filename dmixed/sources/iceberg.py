@@ -55,8 +55,12 @@ class IcebergSource:
     snapshot: str | None
     filter: Filter | None = None
     kind: str = "iceberg"
-    location: str = ""
     _planned: list[FileScanTask] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def location(self) -> str:
+        """Where the table is; a catalog opens it."""
+        return redact(self.scan.table_metadata.location)
 
     @property
     def columns(self) -> tuple[str, ...]:
