@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distributed import SSHCluster
+from distributed import Client, SSHCluster
+
+DEATH_TIMEOUT = 60  # seconds after which a worker ends whose scheduler is gone
 
 
 def hosts(file: Path) -> list[str]:
@@ -41,10 +43,17 @@ def main() -> int:
         connect_options=connect,
         remote_python=arguments.python,
         scheduler_options={"dashboard": False, "port": 0},
-        worker_options={"nthreads": arguments.nthreads, "memory_limit": arguments.memory_limit},
+        worker_options={
+            "nthreads": arguments.nthreads,
+            "memory_limit": arguments.memory_limit,
+            "death_timeout": DEATH_TIMEOUT,
+        },
     ) as cluster:
         address = cluster.scheduler_address
-        return subprocess.run([*arguments.command, "--scheduler", address]).returncode
+        status = subprocess.run([*arguments.command, "--scheduler", address]).returncode
+        with Client(address) as client:  # SSH ends the session of a worker, not always the worker
+            client.retire_workers(close_workers=True)
+        return status
 
 
 if __name__ == "__main__":

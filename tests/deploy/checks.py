@@ -33,11 +33,11 @@ def root() -> None:
 
 
 def run(
-    command: Sequence[str | Path], *, status: int = 0, **options: Any
+    command: Sequence[str | Path], *, status: int = 0, timeout: float = 280, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Output of a command that must end with this status."""
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=280, **options
+        [str(word) for word in command], capture_output=True, text=True, timeout=timeout, **options
     )
     assert done.returncode == status, (
         f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -65,11 +65,23 @@ def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                     break
             time.sleep(0.1)
         yield folder / "ssh_config"
-        _, left = psutil.wait_procs(psutil.Process(daemon.pid).children(recursive=True), 15)
+        _, left = psutil.wait_procs(logged_in(port), timeout=20)
         assert not left, "workers outlive the command"
     finally:
         daemon.terminate()
         daemon.wait(timeout=10)
+
+
+def logged_in(port: int) -> list[psutil.Process]:
+    """Processes that came through the server of this port, orphans too."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SSH_CONNECTION", "").endswith(f" 127.0.0.1 {port}"):
+                found.append(process)
+        except psutil.Error:  # it ended, or is a thread of the kernel
+            continue
+    return found
 
 
 def test_fit_on_hosts_has_the_bits_of_a_local_fit(
