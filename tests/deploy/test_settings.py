@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 from checks import BIN, DEPLOY, TOP, run
 
+jsonschema = pytest.importorskip("jsonschema", reason="extra deploy: no jsonschema")
+
 JOBS = sorted(DEPLOY.glob("**/job.yaml"))
 READMES = sorted(DEPLOY.glob("**/README.md"))
 FOLDERS = ("container", "kubernetes", "slurm", "ssh", "systemd")
+
+
+@cache
+def help_of(*command: str) -> str:
+    """What ``dmixed COMMAND --help`` prints."""
+    return run([BIN / "dmixed", *command, "--help"]).stdout
 
 
 def relative(path: Path) -> str:
@@ -35,7 +43,7 @@ def closed(schema: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def dask_schema() -> jsonschema.Draft7Validator:
+def dask_schema() -> Any:
     text = (importlib.resources.files("distributed") / "distributed-schema.yaml").read_text()
     return jsonschema.Draft7Validator(closed(yaml.safe_load(text)))
 
@@ -44,7 +52,7 @@ def dask_settings() -> dict[str, Any]:
     return yaml.safe_load((DEPLOY / "dask" / "dmixed.yaml").read_text())
 
 
-def test_settings_of_dask_fit_its_schema(dask_schema: jsonschema.Draft7Validator) -> None:
+def test_settings_of_dask_fit_its_schema(dask_schema: Any) -> None:
     assert [e.message for e in dask_schema.iter_errors(dask_settings())] == []
 
 
@@ -58,7 +66,7 @@ def test_settings_of_dask_fit_its_schema(dask_schema: jsonschema.Draft7Validator
     ],
 )
 def test_the_schema_finds_mistakes(
-    dask_schema: jsonschema.Draft7Validator, path: tuple[str, ...], name: str, value: Any
+    dask_schema: Any, path: tuple[str, ...], name: str, value: Any
 ) -> None:
     settings = copy.deepcopy(dask_settings())
     node = settings["distributed"]
@@ -90,7 +98,7 @@ def test_job_files_are_valid(file: Path) -> None:
     """By ``dmixed refit --check``, which reads the job file and nothing else."""
     job = yaml.safe_load(file.read_text())
     assert {"schema", "formula", "data", "store", "publish"} <= set(job)
-    if "refit" not in run([BIN / "dmixed", "--help"]).stdout:
+    if "refit" not in help_of():
         pytest.skip("dmixed has no command refit yet")
     run([BIN / "dmixed", "refit", "--check", file])
 
