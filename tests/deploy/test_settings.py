@@ -134,17 +134,13 @@ def test_files_that_a_readme_names_are_there(file: Path) -> None:
 @pytest.mark.parametrize("file", READMES, ids=relative)
 def test_commands_of_dmixed_in_a_readme_have_its_options(file: Path) -> None:
     """Except those of ``refit`` as long as there is no such command."""
-    commands = run([BIN / "dmixed", "--help"]).stdout
-    for words in re.findall(
-        r"^.*\bdmixed (fit|plan|predict|refit|demo)\b(.*)$", file.read_text(), re.M
-    ):
-        name, rest = words
-        if name not in commands:
+    used = r"\b(?:dmixed|\w+\.sbatch) (fit|plan|predict|refit|demo)\b([^`\n]*)"
+    for name, rest in re.findall(used, file.read_text()):
+        if name not in help_of():
             assert name == "refit"
             continue
-        known = run([BIN / "dmixed", name, "--help"]).stdout
         for option in re.findall(r"(?<=\s)--[a-z-]+", rest):
-            assert option in known, f"dmixed {name} {option}"
+            assert option in help_of(name), f"dmixed {name} {option}"
 
 
 def test_no_file_has_a_secret() -> None:
