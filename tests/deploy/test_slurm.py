@@ -16,6 +16,8 @@ import pytest
 import yaml
 from checks import BIN, DEPLOY, estimates, root, run, tool
 
+pytestmark = pytest.mark.timeout(600)  # seconds; each takes half a minute on idle processors
+
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -130,7 +132,7 @@ def submit(script: str, folder: Path, slurm: dict[str, str], *words: str | Path)
     options = ["--parsable", "--time=5", "--output=job.log"]
     done = run(["sbatch", *options, script, *words], cwd=folder, env=slurm)
     show = ["scontrol", "show", "job", "--oneliner", done.stdout.strip()]
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while True:
         fields = dict(f.partition("=")[::2] for f in run(show, env=slurm).stdout.split())
         if fields["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):

@@ -16,6 +16,8 @@ import psutil
 import pytest
 from checks import BIN, DEPLOY, TOP, estimates, root, run, tool
 
+pytestmark = pytest.mark.timeout(600)  # seconds; each takes half a minute on idle processors
+
 SSHD_CONFIG = """\
 ListenAddress 127.0.0.1
 Port {port}
