@@ -108,8 +108,6 @@ Filters = Annotated[
     ),
 ]
 
-app.command(epilog=refit_status)(refit)
-
 
 def main() -> None:
     """Run the command ``dmixed`` and exit with its status."""
@@ -324,6 +322,9 @@ def demo(out: Out = None) -> None:
     typer.echo(result.summary())
     typer.echo(example.explanation(result))
     _finish(result, out)
+
+
+app.command(epilog=refit_status)(refit)
 
 
 # --------------------------------------------------------------------------- running a fit
