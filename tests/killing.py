@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -120,7 +121,8 @@ class Killer:
         instant = float(self.rng.uniform(0, 1))
         process = started(self.path)
         time.sleep(instant * lasts)
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was faster this time
+            os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         self.killed += process.exitcode == -signal.SIGKILL
         self.instants.append(instant)

@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster
 from typer.testing import CliRunner, Result
 
 import dmixed
-from dmixed import cli, drift, planning, published, store, turnover
+from dmixed import cli, drift, planning, published, refitting, store, turnover
 from dmixed import refit as runs
 from dmixed.evaluation import RemoteMoments
 from dmixed.folders import Folder
@@ -179,7 +179,7 @@ def test_nothing_new(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.add(0)
     place.done(0)
     before = {p: p.stat().st_mtime_ns for p in place.folder.rglob("*") if p.is_file()}
-    monkeypatch.setattr(runs, "_fitted", None)  # it would be called
+    monkeypatch.setattr(runs, "fitted_from", None)  # it would be called
     done = place.done(0)
     assert done["status"] == "nothing new"
     assert done["version"] == place.pointer["version"]
@@ -233,7 +233,7 @@ def test_the_score_test_is_at_the_covariance_before(place: Place) -> None:
     Psi = dmixed.lmer(FORMULA, first).cov_re_unscaled.to_numpy()
     model = dmixed.collect(FORMULA, pd.concat([first, place.add(1)])).model()
     place.done(0)
-    wanted = runs._score(model._prepared, Psi, True)
+    wanted = runs.covariance_test(model._prepared, Psi, True)
     found = place.read("drift.json")["score_test"]
     assert found["df"] == 3
     assert found["statistic"] == pytest.approx(wanted.statistic, rel=1e-5)
@@ -244,13 +244,13 @@ def test_the_search_begins_at_the_covariance_before(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[Any] = []
-    fit = runs.MomentsModel._fit
+    fit = refitting.MomentsModel._fit
 
     def watched(self: Any, reml: bool, search: Any, *rest: Any) -> Any:
         starts.append(search.start)
         return fit(self, reml, search, *rest)
 
-    monkeypatch.setattr(runs.MomentsModel, "_fit", watched)
+    monkeypatch.setattr(refitting.MomentsModel, "_fit", watched)
     first = place.add(0)
     place.done(0)
     place.add(1)
@@ -512,7 +512,7 @@ def test_no_convergence(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.done(0)
     one = place.pointer
     place.add(1)
-    fit, starts = runs.MomentsModel._fit, []
+    fit, starts = refitting.MomentsModel._fit, []
 
     def lost(self: Any, reml: bool, search: Any, *rest: Any) -> Any:
         starts.append(search.start is None)
@@ -520,7 +520,7 @@ def test_no_convergence(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(found, summary=replace(found.summary, converged=False))
 
     with monkeypatch.context() as context:
-        context.setattr(runs.MomentsModel, "_fit", lost)
+        context.setattr(refitting.MomentsModel, "_fit", lost)
         result = place.run()
         assert result.exit_code == cli.Status.NOT_CONVERGED
         assert_one_line(result, "did not converge", "nothing is published")
@@ -686,9 +686,9 @@ def stop(*_: Any, **__: Any) -> None:
     [
         "dmixed.momentstore.commit",
         "dmixed.refit.version_name",
-        "dmixed.refit._Run.make",
-        "dmixed.refit.factors_of",
-        "dmixed.refit._Run._provenance",
+        "dmixed.refit._made",
+        "dmixed.versions.factors_of",
+        "dmixed.versions._provenance",
         "dmixed.published.Published.add",
         "dmixed.published.Published.check",
         "dmixed.published.Published.publish",
