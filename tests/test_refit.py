@@ -659,14 +659,15 @@ def assert_whole(place: Place) -> None:
 
 def test_runs_that_are_killed_at_any_instant(tmp_path: Path) -> None:
     """Of ten, half are first runs and half have a day before; the benchmark kills a hundred."""
-    place = Place(tmp_path / "place")
+    formula = "y ~ x + (1 | g)"
+    place = Place(tmp_path / "place", JOB.replace(FORMULA, formula))
     days = [place.add(0)]
     with killing.Killer(place.path, (298, 596), seed=20) as killer:
         killer.prepare(lambda: days.append(place.add(1)))
         for later in range(2):
             killer.restore(later)
             killer.run()
-            assert_is_the_fit(place, pd.concat(days[: 1 + later]))
+            assert_is_the_fit(place, pd.concat(days[: 1 + later]), formula)
         for number in range(10):
             killer.kill(number % 2)
     assert killer.killed >= 5
