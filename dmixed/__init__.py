@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from dmixed.collected import Moments, MomentStore, collect, open_moments
+from dmixed.comparison import Comparison, compare
 from dmixed.errors import (
     ConvergenceWarning,
     DataError,
@@ -21,6 +22,7 @@ from dmixed.results import MixedLMResults
 __version__ = version("dmixed")
 
 __all__ = [
+    "Comparison",
     "ConvergenceWarning",
     "DataError",
     "DmixedError",
@@ -38,6 +40,7 @@ __all__ = [
     "VCSpec",
     "__version__",
     "collect",
+    "compare",
     "lmer",
     "mixedlm",
     "open_moments",

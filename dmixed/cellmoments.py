@@ -23,6 +23,9 @@ from dmixed.sources import Part, stream
 CELLS = 2**17
 """Cells of one shard that are factored at a time."""
 
+PARTS, ENOUGH = 4, 2**14
+"""Parts of one shard at least, where they have so many cells each: work for several threads."""
+
 SUMS = 4
 """Sets of columns, as batches with other levels have them, that are summed side by side."""
 
@@ -84,8 +87,7 @@ class CellMoments:
 
         Of one shard, of neighbouring cells.
         """
-        n = self.n_cells
-        sizes = self.sizes or [min(CELLS, n - i) for i in range(0, n, CELLS)] or [0]
+        sizes = self.sizes or _parts(self.n_cells)
         ends = np.cumsum(sizes).tolist()
         parts = [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
         return [parts[0], *map(without_totals, parts[1:])]
@@ -102,6 +104,13 @@ class CellMoments:
     def __radd__(self, other: int) -> CellMoments:
         """``0 + moments``, with which ``sum`` begins."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
+
+
+def _parts(n: int) -> list[int]:
+    """Cells of each part of one shard of n; they depend on n alone."""
+    parts = max(-(-n // CELLS), min(PARTS, n // ENOUGH), 1)
+    ends = [n * (i + 1) // parts for i in range(parts)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from dmixed import momentstore
 from dmixed.cellmoments import CellMoments, merge
+from dmixed.comparison import Comparison, compare
+from dmixed.design import DesignSpec
 from dmixed.dispatch import find_client
 from dmixed.erasure import has_crossproducts, without
 from dmixed.errors import DataError, NotSupportedError
@@ -18,6 +20,7 @@ from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search
 from dmixed.folders import Folder, check_workers
 from dmixed.formula import ParsedFormula, parse, parse_parts
+from dmixed.groupcolumns import GroupColumns, joined, means, with_means, with_within
 from dmixed.ledger import check_differences, compared, entries, named
 from dmixed.manifests import Delta, Manifest, read_manifest
 from dmixed.model import MixedLM, placed
@@ -29,6 +32,10 @@ from dmixed.removal import Opener, labels, without_files, without_group
 from dmixed.results import MixedLMResults
 from dmixed.sources import FilesSource, open_source
 from dmixed.store import Appended, StoreDirectory
+from dmixed.submodels import own_model, submodel
+
+WORDS = ("groups", "re_formula", "vc_formula")
+"""The random part in statsmodels' words."""
 
 
 class MomentsModel(FitsOfModel):
@@ -77,11 +84,14 @@ class Moments:
         which rows they are of
     client
         `distributed.Client` of the cluster, if any
+    known
+        columns that were joined or made after the pass
     """
 
     cells: CellMoments | RemoteMoments
     sources: tuple[SourceState, ...] = ()
     client: Any = None
+    known: GroupColumns = field(default_factory=GroupColumns)
 
     @property
     def formula(self) -> str:
@@ -116,25 +126,151 @@ class Moments:
         """
         if not isinstance(other, Moments):
             return NotImplemented
+        if self.known or other.known:
+            raise DataError("add moments before columns are joined to them or made of them")
         _check_disjoint(self.sources, other.sources)
         cells = merge([_here(self.cells), _here(other.cells)])
         return replace(self, cells=cells, sources=(*self.sources, *other.sources))
 
-    def model(self) -> MomentsModel:
-        """The model, with statsmodels' methods: ``loglike``, ``score``, ``hessian``, ``fit``."""
-        return MomentsModel(self.cells, self.client)
+    def model(self, formula: str | None = None, **words: Any) -> MomentsModel:
+        """The model, with statsmodels' methods: ``loglike``, ``score``, ``hessian``, ``fit``.
 
-    def fit(self, reml: bool = True, **options: Any) -> MixedLMResults:
-        """Fit the model; no row is read.
+        Parameters
+        ----------
+        formula
+            of a model on some of the columns, see `submodel`; None for the moments' own
+        **words
+            ``groups``, ``re_formula`` and ``vc_formula``, see `collect`
+        """
+        return MomentsModel(self._cells_of(formula, words, small=False), self.client)
+
+    def submodel(self, formula: str, **words: Any) -> Moments:
+        """Moments of a smaller model; no row is read.
+
+        The rows are those of the moments, also if the data lack a value only in columns that the
+        model does not have: models of the same moments can be compared.
+
+        Parameters
+        ----------
+        formula
+            any of the columns, coded in any way: terms left out or written otherwise
+            (``C(f, contr.sum)``, ``poly(x, 2)`` where x**2 is carried), other random columns among
+            those summed by group, fewer grouping factors, and columns that were joined or made
+            after the pass; the response, weights and offset stay
+        **words
+            ``groups``, ``re_formula`` and ``vc_formula``, see `collect`
+
+        Raises
+        ------
+        DataError
+            a column was not carried; the message says what to collect
+        """
+        cells = self._cells_of(formula, words, small=True)
+        same = isinstance(cells, CellMoments) and cells.n_cells == self.cells.n_cells
+        return replace(self, cells=cells, known=self.known if same else GroupColumns())
+
+    def _cells_of(
+        self, formula: str | None, words: Mapping[str, Any], small: bool
+    ) -> CellMoments | RemoteMoments:
+        if formula is None:
+            if words:
+                raise DataError(f"{', '.join(words)}: give the formula, too")
+            return own_model(self.cells)
+        parsed = _worded(formula, self.cells.spec, words)
+        return submodel(self.cells, parsed, self.known, small)
+
+    def fit(self, reml: bool = True, formula: str | None = None, **options: Any) -> MixedLMResults:
+        """Fit a model; no row is read.
 
         Parameters
         ----------
         reml
             restricted maximum likelihood (else maximum likelihood)
+        formula
+            of a model on some of the columns, see `submodel`; None for the moments' own
         **options
-            see `MixedLM.fit`
+            ``groups``, ``re_formula`` and ``vc_formula``, see `collect`; the others see
+            `MixedLM.fit`
         """
-        return self.model().fit(reml=reml, **options)
+        words = {name: options.pop(name) for name in WORDS if name in options}
+        return self.model(formula, **words).fit(reml=reml, **options)
+
+    def compare(self, formulas: Sequence[str], reml: bool = False, **options: Any) -> Comparison:
+        """Fit several models and compare them, see `dmixed.compare`."""
+        results = [self.fit(reml=reml, formula=formula, **options) for formula in formulas]
+        return compare(*results)
+
+    def join(
+        self,
+        data: Any,
+        on: str | Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
+        missing: str = "raise",
+    ) -> Moments:
+        """Add columns of groups, of data with one row for each key.
+
+        Formulas on the moments can use them as if they had been there before the pass, alone or
+        multiplied by columns that were summed by group (``x:ses``, with ``carry=["x"]``).
+
+        Parameters
+        ----------
+        data
+            frame, Arrow table or Parquet files
+        on
+            keys of the groups; all that the data have by default
+        columns
+            numbers or categories; all but the keys by default
+        missing
+            "raise", or "drop" the rows of groups that lack something; that needs moments with
+            ``group_crossproducts``
+
+        Raises
+        ------
+        DataError
+            naming groups that are there twice, not at all, or lack a value
+        """
+        cells = self._here("join")
+        cells, known = joined(cells, self.known, data, on, columns, missing)
+        return replace(self, cells=cells, known=known)
+
+    def group_means(
+        self, column: str, name: str | None = None, by: str | Sequence[str] | None = None
+    ) -> Moments:
+        """Add the mean of a column over the rows of each group (Mundlak 1978).
+
+        Means are of the rows used, with row weights weighted by them.
+
+        Parameters
+        ----------
+        column
+            numeric, or an expression in carried ones
+        name
+            of the new column, ``"x_mean"`` by default
+        by
+            keys of the groups, where there are several grouping factors
+        """
+        cells = self._here("group_means")
+        found = means(cells, self.known, column, name, by, "mean")
+        return replace(self, known=with_means(self.known, found))
+
+    def centred(
+        self, column: str, name: str | None = None, by: str | Sequence[str] | None = None
+    ) -> Moments:
+        """Add a column less its mean over the rows of each group, ``"x_within"`` by default.
+
+        Parameters are those of `group_means`.
+        """
+        cells = self._here("centred")
+        found = means(cells, self.known, column, name, by, "within")
+        return replace(self, known=with_within(cells, self.known, found))
+
+    def _here(self, what: str) -> CellMoments:
+        if isinstance(self.cells, CellMoments):
+            return self.cells
+        raise NotSupportedError(
+            f"{what}: the groups are on the workers of a cluster; collect them with "
+            'evaluate_on="driver"'
+        )
 
     def save(
         self,
@@ -144,6 +280,9 @@ class Moments:
         min_group_size: int | None = None,
     ) -> MomentStore:
         """Write the moments to a new or empty directory or URI; nobody sees half of them.
+
+        Columns that were joined or made after the pass are not stored, but for those that the
+        formula of a `submodel` has.
 
         Parameters
         ----------
@@ -594,6 +733,14 @@ def collect(
     with open_progress(progress) as report:
         model._read(report)
     return Moments(model.moments, (state,), client)
+
+
+def _worded(formula: str, spec: DesignSpec, words: Mapping[str, Any]) -> ParsedFormula:
+    for name in words:
+        if name not in WORDS:
+            raise DataError(f"argument {name} is not known here")
+    given = {name: words.get(name) for name in WORDS}
+    return _parsed(formula, **given, context=spec.context)
 
 
 def _parsed(

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import dask
-from dask.delayed import Delayed, delayed
+from dask import threaded
+from dask.delayed import Delayed
 from threadpoolctl import ThreadpoolController
 
 from dmixed.errors import DmixedError
@@ -188,7 +189,8 @@ def in_threads(function: Callable[[S], T], things: Iterable[S]) -> list[T]:
     calls = [partial(function, thing) for thing in things]
     if len(calls) == 1:
         return [calls[0]()]
-    return list(dask.compute(*(delayed(call, pure=False)() for call in calls), scheduler="threads"))
+    graph = {i: (call,) for i, call in enumerate(calls)}  # `delayed` costs more than small tasks
+    return list(threaded.get(graph, list(graph)))
 
 
 def unique_key(name: str) -> str:

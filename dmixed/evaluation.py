@@ -33,6 +33,9 @@ SLICE = 32 * GROUPS
 FEW_CLUSTERS = 1024
 """Clusters in all that are not worth the threads, if every bucket is a single chunk."""
 
+FEW_GROUPS = GROUPS
+"""Groups of one factor in all that are not worth the threads."""
+
 TASK_CHUNKS = 16
 """Chunks of clusters evaluated by one task."""
 
@@ -42,8 +45,11 @@ class Evaluator:
 
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
-        self.small = sum(part.n_groups for part in factors.evaluated) <= FEW_CLUSTERS and all(
-            isinstance(part, Bucket) and part.step >= part.n_groups for part in factors.evaluated
+        parts = factors.evaluated
+        n_groups = sum(part.n_groups for part in parts)
+        self.small = all(isinstance(part, OneLevel) for part in parts) and n_groups <= FEW_GROUPS
+        self.small |= n_groups <= FEW_CLUSTERS and all(
+            isinstance(part, Bucket) and part.step >= part.n_groups for part in parts
         )
 
     def __call__(self, root: Floats, order: int = 2) -> ProfileTerms:

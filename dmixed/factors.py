@@ -318,6 +318,7 @@ def problem(
     shards: Sequence[GroupMoments] | None = None,
     each: Each = map,
     sampled: bool = False,
+    totals: Totals | None = None,
 ) -> Problem:
     """Coordinates and factors of the model with these columns.
 
@@ -336,6 +337,8 @@ def problem(
         applies a function to all of some things, like ``map``
     sampled
         whether each shard is a random sample of the groups
+    totals
+        sums over all groups, if they are known
 
     Raises
     ------
@@ -344,7 +347,8 @@ def problem(
     levels.TooManyLevels
         factors are crossed in more levels than dense algebra can take
     """
-    totals = reduce(add, (shard.totals for shard in shards or [moments]))
+    if totals is None:
+        totals = reduce(add, (shard.totals for shard in shards or [moments]))
     model = coordinates(totals, exog, endog, terms)
     if _each_for_itself(terms, moments.n_groups):
         found: list[Shard] = list(each(partial(one_level, model=model), shards or [moments]))

@@ -17,10 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from dmixed.errors import DataError
-from dmixed.sources.files import redact
-
-BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
-"""Protocols of storages without directories: to make one would make a bucket."""
+from dmixed.sources.storages import BUCKETS, reason, redact
 
 UNNAMED = re.compile(r"\.[0-9a-f]{32}\.dmixed")
 """Names of files that are being written, and of those that a killed process was writing."""
@@ -296,12 +293,14 @@ def _plain_errors(options: Mapping[str, Any]) -> Iterator[None]:
     """Errors of storages, each of which has its own, as OSError without credentials."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror is not None and not options:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        if error.filename is not None:
             raise
-        raise OSError(redact(f"{type(error).__name__}: {error}", options)) from None
+        raise type(error)(reason(error, options)) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and not options:
+            raise
+        raise OSError(reason(error, options)) from None
 
 
 # --------------------------------------------------------------------------- workers

@@ -23,6 +23,9 @@ Index: TypeAlias = NDArray[np.intp]
 
 csc_matvecs: Any = _sparsetools.csc_matvecs  # Y += A X for sparse A; scipy has no public name
 
+GROUPS = 4096
+"""Groups summed over at a time: they stay in the processor's cache."""
+
 FAR = 100.0
 """Standard deviations between a variable's mean and its shift that call for a better shift."""
 
@@ -131,7 +134,6 @@ class GroupMoments:
     @property
     def totals(self) -> Totals:
         """What is known of all groups together."""
-        sums = self.WtF[:, 0] / np.sqrt(self.WtF[:, 0, self.random[0]])[:, None]
         return Totals(
             columns=self.columns,
             random=self.random,
@@ -140,7 +142,7 @@ class GroupMoments:
             gram=self.gram,
             unweighted=self.unweighted,
             plain=self.plain,
-            between=np.asarray(sums.T @ sums),
+            between=self._between(),
             n_groups=self.n_groups,
             nobs=self.nobs,
             log_weights=self.log_weights,
@@ -151,6 +153,15 @@ class GroupMoments:
             recoding=self.recoding,
             referenced=self.reference is not None,
         )
+
+    def _between(self) -> Floats:
+        """(k, k): sum over groups of s s' / n, s the sums of a group about its reference."""
+        found = np.zeros((len(self.columns),) * 2)
+        for start in range(0, self.n_groups, GROUPS):
+            sums = self.WtF[start : start + GROUPS, 0]
+            sums = sums / np.sqrt(sums[:, self.random[0]])[:, None]
+            found += sums.T @ sums
+        return found
 
     def part(self, start: int, stop: int) -> GroupMoments:
         """Neighbouring groups; arrays are shared, and the sums over all rows stay as they are."""

@@ -106,8 +106,7 @@ def merged(part: OneLevel, q: int) -> OneLevel:
 
 def _kinds(R: Floats) -> np.ndarray | None:
     """(G,) number of each column (bit by bit) among the distinct ones; None if there are many."""
-    few = np.unique(R[:, :MANY], axis=1).shape[1]
-    if few > MANY // 4:
+    if any(len(np.unique(row[:MANY])) > MANY // 4 for row in R):
         return None
     found = np.zeros(R.shape[1], np.intp)
     for row in R:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from dmixed.errors import DataError
-from dmixed.sources.files import redact
+from dmixed.sources.storages import BUCKETS, reason, redact
 
 MANIFEST = "_manifest.json"
 SCHEMA = "dmixed-rows/1"
@@ -32,13 +32,12 @@ TRIES, WAIT = 50, 0.02
 """How often, and after how many seconds, a folder is removed that tasks still write to."""
 
 _OWN = re.compile(r"part-\d{5,}\.parquet|_manifest\.json")
-_NO_FOLDERS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"}
 
 
 def _make_folder(fs: Any, path: str) -> None:
     """Make a folder where there are such things; an object store would make a bucket."""
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if not protocols & _NO_FOLDERS:
+    if not protocols & BUCKETS:
         fs.makedirs(path, exist_ok=True)
 
 
@@ -182,8 +181,8 @@ class Place:
         except DataError:
             raise
         except Exception as error:  # each storage has errors of its own
-            reason = redact(f"{type(error).__name__}: {error}", self.options)
-            raise DataError(f"cannot write to {redact(self.location)}: {reason}") from None
+            why = reason(error, self.options)
+            raise DataError(f"cannot write to {redact(self.location)}: {why}") from None
 
 
 @contextmanager

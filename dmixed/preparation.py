@@ -157,7 +157,8 @@ def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     check_rows(moments)
     if isinstance(moments, RemoteMoments):
         return _remote(moments)
-    design = moments.design
+    summary, shards = moments.summary, moments.shards
+    design = summary.design
     group_codes, groups = keys.subset(moments.labels, group_key(design))
     projected = [keys.subset(moments.labels, term.key) for term in design.terms]
     order = _block_order(design, [len(labels) for _, labels in projected])
@@ -180,8 +181,11 @@ def prepare(moments: CellMoments | RemoteMoments) -> Prepared:
     _check_single_rows(moments, bars, terms)
     exog, endog = moments.group.coded(design.T_fixed), moments.group.coded(design.t_response)
     with named_errors(bars, terms):
-        sampled = bool(moments.sizes)
-        found = problem(moments.group, exog, endog, terms, moments.shards, in_threads, sampled)
+        found = problem(
+            *(moments.group, exog, endog, terms, shards, in_threads),
+            sampled=bool(moments.sizes),
+            totals=summary.totals,
+        )
     _check_response(design, found)
     return Prepared(
         moments,

@@ -903,7 +903,8 @@ class TestObjectStore:
         monkeypatch.setattr(kind, "_fetch_range", refuse)
         assert "The token of *** has expired" in pickle.loads(pickle.dumps(probe))()
         message = (
-            r"s3://lake/t/year=2021/b\.parquet cannot be read: The token of \*\*\* has expired$"
+            r"s3://lake/t/year=2021/b\.parquet cannot be read: The token of \*\*\* has expired; "
+            r"check the credentials, and what they are allowed to do$"
         )
         with pytest.raises(DataError, match=message):
             get(pickle.loads(pickle.dumps(part)))
@@ -917,7 +918,10 @@ class TestObjectStore:
         monkeypatch.setattr(fs, "info", refuse)
         with pytest.raises(DataError) as caught:
             open_source("s3://lake/t", options)
-        assert str(caught.value) == "cannot reach s3://lake/t: PermissionError: Forbidden for ***"
+        assert str(caught.value) == (
+            "cannot reach s3://lake/t: PermissionError: Forbidden for ***; check the credentials, "
+            "and what they are allowed to do"
+        )
         assert caught.value.__cause__ is None
 
 

@@ -44,8 +44,8 @@ def span(terms: Sequence[Term], text_columns: frozenset[str]) -> tuple[Product, 
     Which factors are coded by contrasts and which by all their levels is formulaic's decision,
     taken here on placeholders.
     """
-    if not terms:
-        return ()
+    if not any(_spans(f, text_columns) for term in terms for f in term.factors):
+        return tuple(tuple((f, False) for f in term.factors) for term in terms)
     factors = list(dict.fromkeys(f for term in terms for f in term.factors))
     names = {factor: f"f{i}" for i, factor in enumerate(factors)}
     frame = {

@@ -16,9 +16,10 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 
 from dmixed.errors import DataError
-from dmixed.sources.files import DeltaFolder, State, redact
+from dmixed.sources.files import DeltaFolder, State
 from dmixed.sources.filters import Filter
 from dmixed.sources.parquet import FileSource, equations
+from dmixed.sources.storages import reason, redact
 
 # Features of a table that change nothing for those who read its Parquet files as they are.
 _HARMLESS = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
@@ -49,7 +50,7 @@ def folder_source(
     options = _log_options(folder, shown)
     table = _opened(DeltaTable, folder.uri, version, options, shown, folder.options)
     filesystem = pa.fs.SubTreeFileSystem(folder.root, folder.filesystem)
-    return _source(table, filesystem, shown, wanted)
+    return _source(table, filesystem, shown, wanted, folder.options)
 
 
 def table_source(
@@ -66,11 +67,12 @@ def table_source(
     scheme = urlparse(uri).scheme
     if scheme in ("", "file"):
         root = str(Path(unquote(urlparse(uri).path) if scheme else uri))
-        return _source(table, pa.fs.SubTreeFileSystem(root, pa.fs.LocalFileSystem()), shown, wanted)
+        filesystem = pa.fs.SubTreeFileSystem(root, pa.fs.LocalFileSystem())
+        return _source(table, filesystem, shown, wanted, options)
     from deltalake.fs import DeltaStorageHandler
 
     handler = DeltaStorageHandler(uri, options)
-    return _source(table, pa.fs.PyFileSystem(handler), shown, wanted)
+    return _source(table, pa.fs.PyFileSystem(handler), shown, wanted, options)
 
 
 def _opened(
@@ -85,13 +87,17 @@ def _opened(
     try:
         return kind(uri, version=version, storage_options=dict(options) if options else None)
     except Exception as error:  # deltalake's own errors, and those of storages
-        reason = redact(str(error), secret).strip().splitlines() or [type(error).__name__]
+        why = reason(error, secret, kind=False)
         what = shown if version is None else f"version {version} of {shown}"
-        raise DataError(f"{what} cannot be opened as a Delta table: {reason[0]}") from None
+        raise DataError(f"{what} cannot be opened as a Delta table: {why}") from None
 
 
 def _source(
-    table: Any, filesystem: pa.fs.FileSystem, shown: str, wanted: Filter | None
+    table: Any,
+    filesystem: pa.fs.FileSystem,
+    shown: str,
+    wanted: Filter | None,
+    secret: Mapping[str, Any] | None,
 ) -> FileSource:
     """Source of the files of a table's version, as its log tells them."""
     _refuse_features(table, shown)
@@ -100,7 +106,8 @@ def _source(
         dataset = table.to_pyarrow_dataset(filesystem=filesystem)
         actions = pa.table(table.get_add_actions(flatten=True))
     except Exception as error:
-        raise DataError(f"{shown} cannot be read as a Delta table: {error}") from None
+        why = reason(error, secret, kind=False)
+        raise DataError(f"{shown} cannot be read as a Delta table: {why}") from None
     # ":" and "//" are how a path tells that it is not below the table
     outside = [f.path for f in dataset.get_fragments() if "://" in f.path or f.path[:1] == "/"]
     if outside:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -16,6 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from dmixed.errors import DataError
+from dmixed.sources.storages import BUCKETS, reason, redact
 
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 _WILDCARD = re.compile(r"[*?[]")
@@ -76,14 +78,14 @@ class DeltaFolder:
     prefix
         what messages put before a path
     options
-        storage options, fsspec's
+        storage options, fsspec's; not shown
     """
 
     filesystem: pa.fs.FileSystem
     root: str
     uri: str
     prefix: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)
 
 
 class _Ranges(pa.fs.FSSpecHandler):  # type: ignore[misc]
@@ -116,13 +118,17 @@ def find_files(
     _refuse_format(location, shown)
     try:
         fs, root = url_to_fs(_absolute(location), **options)
+    except FileNotFoundError:  # an archive that holds the files
+        raise DataError(f"no Parquet file found at {shown}; check the path") from None
+    except Exception as error:  # each storage has errors of its own
+        raise DataError(f"cannot reach {shown}: {reason(error, options)}") from None
+    try:
         fs.invalidate_cache()  # fsspec would answer with what it listed earlier in this process
         listed = _list(fs, root)
     except FileNotFoundError:
         listed = {}, ""
-    except Exception as error:  # each storage has errors of its own
-        reason = redact(f"{type(error).__name__}: {error}", options)
-        raise DataError(f"cannot reach {shown}: {reason}") from None
+    except Exception as error:
+        raise DataError(f"cannot reach {shown}: {reason(error, options)}") from None
     local = isinstance(fs, LocalFileSystem)
     filesystem = pa.fs.LocalFileSystem() if local else pa.fs.PyFileSystem(_Ranges(fs))
     scheme = "" if local else location.split("://")[0] + "://"
@@ -139,7 +145,7 @@ def find_files(
     _refuse_tables(below, shown)
     paths = sorted(p for p, parts in below.items() if not any(x[0] in "_." for x in parts))
     if not paths:
-        raise DataError(f"no Parquet file found at {shown}")
+        raise DataError(f"no Parquet file found at {shown}; {_why_nothing(fs, root)}")
     return FileSet(
         filesystem,
         tuple(paths),
@@ -160,20 +166,15 @@ def _refuse_format(location: str, shown: str) -> None:
         )
 
 
-def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
-    """Text without the credentials that URIs and storage options may hold."""
-    text = re.sub(r"(?<=://)[^/@\s]*@", "", text)
-    text = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text)
-    for secret in _secrets(options or {}):
-        text = text.replace(secret, "***")
-    return text
-
-
-def _secrets(value: Any) -> list[str]:
-    """Texts in storage options that a message must not repeat."""
-    if isinstance(value, Mapping):
-        return [s for k, v in value.items() if "endpoint" not in str(k) for s in _secrets(v)]
-    return [value] if isinstance(value, str) and len(value) > 3 else []
+def _why_nothing(fs: Any, root: str) -> str:
+    """What to look at where there is no file."""
+    bucket = root.partition("/")[0]
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if bucket and protocols & BUCKETS:
+        with suppress(Exception):
+            if not fs.exists(bucket):
+                return f"these credentials see no bucket {bucket!r}: check its name and whose it is"
+    return "check the path"
 
 
 def _absolute(location: str) -> str:

@@ -17,7 +17,6 @@ from pyiceberg.table import DataScan, FileScanTask
 
 from dmixed.errors import DataError
 from dmixed.sources.base import Fingerprint, Part, check_columns, concatenated, rows_per_part
-from dmixed.sources.files import redact
 from dmixed.sources.filters import Filter
 from dmixed.sources.iceberg_files import (
     FileOpener,
@@ -29,6 +28,7 @@ from dmixed.sources.iceberg_files import (
 )
 from dmixed.sources.parquet import FILES
 from dmixed.sources.reading import Probe, probe
+from dmixed.sources.storages import reason, redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,8 @@ class IcebergSource:
             try:
                 planned = sorted(scan.plan_files(), key=lambda task: task.file.file_path)
             except Exception as error:
-                reason = redact(str(error), scan.io.properties)
-                raise DataError(f"{self.name} cannot be planned: {reason}") from None
+                why = reason(error, scan.io.properties, kind=False)
+                raise DataError(f"{self.name} cannot be planned: {why}") from None
             self._planned.extend(planned)
         return self._planned
 

@@ -30,10 +30,10 @@ from pyiceberg.table import DataScan, FileScanTask
 
 from dmixed.errors import DataError
 from dmixed.sources.base import concatenated, gathered
-from dmixed.sources.files import redact
 from dmixed.sources.filters import Filter, kept
 from dmixed.sources.footers import has_bounds
 from dmixed.sources.reading import unreadable
+from dmixed.sources.storages import redact
 
 _PREDICATES = {
     "==": EqualTo,

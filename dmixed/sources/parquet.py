@@ -24,11 +24,12 @@ from dmixed.sources.base import (
     join_types,
     rows_per_part,
 )
-from dmixed.sources.files import FileSet, State, redact
+from dmixed.sources.files import FileSet, State
 from dmixed.sources.filters import Filter
 from dmixed.sources.footers import File, bounds, folder_values, n_bytes, open_file, selected
 from dmixed.sources.memory import MemorySource
 from dmixed.sources.reading import Opener, Piece, Place, Probe, Read, probe
+from dmixed.sources.storages import redact
 
 Groups: TypeAlias = tuple[File, list[int]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from dmixed.errors import DataError
 from dmixed.sources.base import concatenated, gathered
-from dmixed.sources.files import redact
 from dmixed.sources.filters import kept
+from dmixed.sources.storages import reason
 
 ONE_BATCH = 2**30  # rows; a row group is decoded into one array, which numpy can then share
 BUFFER = 2**22  # bytes of a column fetched at a time, where rows come in batches
@@ -256,14 +256,14 @@ def _assembled(
 ) -> pa.Table:
     """Columns in the types of the plan."""
     arrays = []
-    for field in schema:
-        if field.name in columns:
-            array = columns[field.name]
+    for wanted in schema:
+        if wanted.name in columns:
+            array = columns[wanted.name]
         else:
-            array = pa.repeat(fixed[field.name], rows)
-            if pa.types.is_dictionary(field.type):
+            array = pa.repeat(fixed[wanted.name], rows)
+            if pa.types.is_dictionary(wanted.type):
                 array = array.dictionary_encode()
-        arrays.append(array if array.type == field.type else array.cast(field.type))
+        arrays.append(array if array.type == wanted.type else array.cast(wanted.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -275,10 +275,11 @@ class Probe:
     """Whether a file can be opened, tried where it is called.
 
     What opens the file travels as bytes, so that a library which a worker lacks is a reason too.
+    They are not shown: storage options are among them, if there are any.
     """
 
     name: str
-    opener: bytes
+    opener: bytes = field(repr=False)
 
     def __call__(self) -> str | None:
         """Return the reason why not, in one line."""
@@ -327,7 +328,6 @@ def unreadable(name: str, error: Exception, options: Mapping[str, Any] | None = 
     """Error for a file; storages raise errors of their own, which may not even pickle."""
     if isinstance(error, DataError) and str(error).startswith(name):
         return error
-    text = redact(str(error), options).strip()
-    lines: Sequence[str] = text.splitlines() or [type(error).__name__]
-    reason = re.sub(r"Could not open Parquet input source '.*?': ", "", lines[0])
-    return DataError(f"{name} cannot be read: {reason}")
+    text = reason(error, options, kind=False)
+    text = re.sub(r"Could not open Parquet input source '.*?': ", "", text)
+    return DataError(f"{name} cannot be read: {text}")
