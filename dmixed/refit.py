@@ -194,7 +194,7 @@ def _store(job: Job, client: Any, progress: Progress | bool | None) -> tuple[Mom
 
 
 def _check_same(job: Job, store: MomentStore) -> None:
-    """Refuse a store of another model than the job's.
+    """Refuse a store of other sums than the job's; its formula may be one of fewer columns.
 
     Raises
     ------
@@ -205,7 +205,6 @@ def _check_same(job: Job, store: MomentStore) -> None:
     found = [
         f"{name} is {now!r}, in the store it is {then!r}"
         for name, now, then in (
-            ("formula", job.formula, was.formula),
             ("weights", job.weights, was.weights),
             ("offset", job.offset, was.offset),
             ("missing", job.missing, was.missing),
@@ -256,9 +255,10 @@ def _made(state: State, pointer: Pointer | None, progress: Progress | bool | Non
 
 
 def _moments(job: Job, store: MomentStore) -> Moments:
-    if job.window is None or job.window >= len(store.deltas):
-        return store.moments
-    return store.window(last=job.window)
+    """What the job fits: the last additions, or all; of its model, which may be a smaller one."""
+    whole = job.window is None or job.window >= len(store.deltas)
+    found = store.moments if whole else store.window(last=job.window or 1)
+    return found if job.formula == found.formula else found.submodel(job.formula)
 
 
 def _finished(state: State, made: Version, appended: Appended, accept: bool) -> Outcome:
