@@ -63,9 +63,6 @@ Out = Annotated[
     ),
 ]
 
-app.command(epilog=refit_status)(refit)
-app.add_typer(moments.app, name="moments")
-
 
 def main() -> None:
     """Run the command ``dmixed`` and exit with its status."""
@@ -272,6 +269,10 @@ def demo(out: Out = None) -> None:
     typer.echo(result.summary())
     typer.echo(example.explanation(result))
     _finish(result, out)
+
+
+app.command(epilog=refit_status)(refit)
+app.add_typer(moments.app, name="moments")
 
 
 # --------------------------------------------------------------------------- running a fit

@@ -1,7 +1,6 @@
 """The job file of a scheduled refit: YAML that is checked, each error with the line it is in.
 
-What a job file says is not trusted: nothing in it is run, and of YAML no more is read than plain
-mappings, lists and scalars.
+What a job file says is not trusted: nothing in it is run, see `plainyaml`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -30,15 +27,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from dmixed.errors import DataError, FormulaError, JobError
 from dmixed.folders import lies_within
 from dmixed.formula import parse
+from dmixed.plainyaml import Yaml, dotted, read_yaml
 from dmixed.sources.filters import OPERATORS, make_filter
 
 SCHEMA = "dmixed-refit/1"
-
-SIZE = 2**16
-"""Bytes of a job file at most."""
-
-DEPTH = 6
-"""Collections within each other at most."""
 
 PLACES = ("data", "store", "publish", "scheduler")
 """Fields in which ``${NAME}`` stands for an environment variable."""
@@ -199,7 +191,7 @@ def read_job(path: str | os.PathLike[str], environment: Mapping[str, str] | None
         naming file, line and field of everything that is wrong
     """
     file, name = Path(path), os.fspath(path)
-    found = _yaml(_content(file, name), name)
+    found = read_yaml(file, name)
     try:
         job = Job.model_validate(found.plain)
     except ValidationError as error:
@@ -213,119 +205,10 @@ def read_job(path: str | os.PathLike[str], environment: Mapping[str, str] | None
     return job
 
 
-def _content(file: Path, name: str) -> str:
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(SIZE + 1)
-        if len(content) > SIZE:
-            raise JobError([f"{name}: has more than {SIZE:,} bytes: this is no job file"])
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise JobError([f"{name}: cannot be read: {error.strerror}"]) from None
-    except UnicodeDecodeError as error:
-        raise JobError([f"{name}: is not UTF-8 text: {error.reason}"]) from None
-
-
-# --------------------------------------------------------------------------- YAML with lines
-
-
-Path_: TypeAlias = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Yaml:
-    """Values of a file, and the line of each by its path."""
-
-    plain: dict[str, Any]
-    lines: dict[Path_, int]
-
-    def line(self, path: Sequence[str | int]) -> int:
-        """Line of the value at a path, or of what it should be in."""
-        while tuple(path) not in self.lines:
-            path = path[:-1]
-        return self.lines[tuple(path)]
-
-
-def _yaml(text: str, name: str) -> _Yaml:
-    """The mapping of a file.
-
-    Raises
-    ------
-    JobError
-        naming the line that is no YAML, or more than plain YAML
-    """
-    lines: dict[Path_, int] = {}
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEPTH:  # the time to read them is quadratic
-                raise JobError([f"{name}:{_line(event)}: has lists within lists within lists"])
-            if getattr(event, "anchor", None) is not None:
-                raise JobError([f"{name}:{_line(event)}: anchors and aliases are not read here"])
-        loader = yaml.SafeLoader(text)
-        try:
-            root = loader.get_single_node()
-            if not isinstance(root, yaml.MappingNode):
-                raise JobError([f"{name}:1: must hold fields, as 'schema: {SCHEMA}'"])
-            plain = _value(loader, root, (), lines, name)
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{name}:{mark.line + 1}" if mark is not None else name
-        raise JobError([f"{place}: is not YAML: {error.problem}"]) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise JobError([f"{name}: is not YAML: {' '.join(str(error).split())}"]) from None
-    return _Yaml(plain, lines)
-
-
-def _value(loader: Any, node: yaml.Node, path: Path_, lines: dict[Path_, int], name: str) -> Any:
-    """What a node says; the lines are noted."""
-    here = _line(node)
-    lines.setdefault(path, here)
-    plain = f"tag:yaml.org,2002:{'map' if isinstance(node, yaml.MappingNode) else 'seq'}"
-    if isinstance(node, yaml.ScalarNode):
-        try:
-            return loader.construct_object(node)
-        except (ValueError, OverflowError) as error:
-            raise JobError([f"{name}:{here}: {node.value!r} cannot be read: {error}"]) from None
-    if node.tag != plain:
-        raise JobError([f"{name}:{here}: the tag {node.tag!r} is not read here"])
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(loader, x, (*path, i), lines, name) for i, x in enumerate(node.value)]
-    found: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        line = _line(key_node)
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-        if not isinstance(key, str):
-            raise JobError([f"{name}:{line}: the name of a field must be text"])
-        if key in found:
-            raise JobError([f"{name}:{line}: {_dotted((*path, key))}: is there twice"])
-        lines[(*path, key)] = line
-        found[key] = _value(loader, value_node, (*path, key), lines, name)
-    return found
-
-
-def _line(node: yaml.Node | yaml.Event) -> int:
-    """Line on which something begins."""
-    assert node.start_mark is not None
-    return node.start_mark.line + 1
-
-
-def _dotted(path: Sequence[str | int]) -> str:
-    """A path as messages show it: ``drift.limit``, ``filters[0]``."""
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text
-
-
 # --------------------------------------------------------------------------- messages
 
 
-def _problems(errors: Sequence[ErrorDetails], found: _Yaml, name: str) -> list[str]:
+def _problems(errors: Sequence[ErrorDetails], found: Yaml, name: str) -> list[str]:
     """A line for everything that is wrong, in the order of the file."""
     told: list[tuple[int, str]] = []
     for error in errors:
@@ -339,7 +222,7 @@ def _problems(errors: Sequence[ErrorDetails], found: _Yaml, name: str) -> list[s
 
 
 def _message(error: ErrorDetails, path: Sequence[str | int]) -> str:
-    field, kind = _dotted(path), error["type"]
+    field, kind = dotted(path), error["type"]
     if kind == "extra_forbidden":
         return _unknown(str(path[-1]), field, Drift if len(path) > 1 else Job)
     if kind == "missing":
@@ -369,7 +252,7 @@ def _unknown(key: str, field: str, model: type[BaseModel]) -> str:
 class _Checks:
     """What no schema says: variables, paths, and that the formula can be read."""
 
-    def __init__(self, found: _Yaml, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, found: Yaml, name: str, environment: Mapping[str, str]) -> None:
         self.found, self.name, self.environment = found, name, environment
         self.problems: list[tuple[int, str]] = []
 

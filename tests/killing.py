@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -32,9 +33,17 @@ def job_in_a_process(path: str) -> None:
 def started(path: Path) -> Any:
     """A process that runs a job, and begins at once: its modules are there."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing"])
+    context.set_forkserver_preload(["dmixed.jobs", "dmixed.refit", "killing"])
     process = context.Process(target=job_in_a_process, args=(str(path),))
-    process.start()
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the server looks for them
+    try:
+        process.start()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     return process
 
 
@@ -120,7 +129,8 @@ class Killer:
         instant = float(self.rng.uniform(0, 1))
         process = started(self.path)
         time.sleep(instant * lasts)
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was faster this time
+            os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         self.killed += process.exitcode == -signal.SIGKILL
         self.instants.append(instant)

@@ -21,12 +21,13 @@ from distributed import Client, LocalCluster
 from typer.testing import CliRunner, Result
 
 import dmixed
-from dmixed import cli, drift, planning, published, store, turnover
+from dmixed import cli, drift, planning, published, refitting, store, turnover
 from dmixed import refit as runs
 from dmixed.evaluation import RemoteMoments
 from dmixed.folders import Folder
 from dmixed.jobs import Job, read_job
 from dmixed.published import Published
+from tests.objectstore import ObjectStore
 
 FORMULA = "y ~ x + f + (1 + x | g)"
 JOB = f"""\
@@ -179,7 +180,7 @@ def test_nothing_new(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.add(0)
     place.done(0)
     before = {p: p.stat().st_mtime_ns for p in place.folder.rglob("*") if p.is_file()}
-    monkeypatch.setattr(runs, "_fitted", None)  # it would be called
+    monkeypatch.setattr(runs, "fitted_from", None)  # it would be called
     done = place.done(0)
     assert done["status"] == "nothing new"
     assert done["version"] == place.pointer["version"]
@@ -233,7 +234,7 @@ def test_the_score_test_is_at_the_covariance_before(place: Place) -> None:
     Psi = dmixed.lmer(FORMULA, first).cov_re_unscaled.to_numpy()
     model = dmixed.collect(FORMULA, pd.concat([first, place.add(1)])).model()
     place.done(0)
-    wanted = runs._score(model._prepared, Psi, True)
+    wanted = runs.covariance_test(model._prepared, Psi, True)
     found = place.read("drift.json")["score_test"]
     assert found["df"] == 3
     assert found["statistic"] == pytest.approx(wanted.statistic, rel=1e-5)
@@ -244,13 +245,13 @@ def test_the_search_begins_at_the_covariance_before(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[Any] = []
-    fit = runs.MomentsModel._fit
+    fit = refitting.MomentsModel._fit
 
     def watched(self: Any, reml: bool, search: Any, *rest: Any) -> Any:
         starts.append(search.start)
         return fit(self, reml, search, *rest)
 
-    monkeypatch.setattr(runs.MomentsModel, "_fit", watched)
+    monkeypatch.setattr(refitting.MomentsModel, "_fit", watched)
     first = place.add(0)
     place.done(0)
     place.add(1)
@@ -304,6 +305,26 @@ def test_all_that_a_job_can_say_of_the_model(place: Place) -> None:
     assert_is_the_fit(place, data, reml=False, weights="w", offset="h")
     assert place.read("result.json")["method"] == "ML"
     assert place.read("provenance.json")["job"]["filters"] == [["h", "in", [1, 2, 3]]]
+
+
+def test_a_smaller_model_of_the_same_store(place: Place) -> None:
+    """Two jobs share a store: what one has appended, the other fits without reading it."""
+    formula = "y ~ x + (1 | g)"
+    other = place.folder / "small.yaml"
+    small = JOB.replace(FORMULA, formula).replace(": results", ": small results")
+    other.write_text(small, encoding="utf-8")
+    days = []
+    for day in range(2):
+        days.append(place.add(day))
+        place.done(0)
+        outcome = runs.refit(read_job(other))
+        assert (outcome.status, outcome.appended.nobs) == ("published", 0)
+    assert outcome.folder is not None
+    found = json.loads((Path(outcome.folder) / "result.json").read_text())
+    plain = dmixed.lmer(formula, pd.concat(days))
+    assert found["llf"] == pytest.approx(plain.llf, rel=1e-11)
+    assert found["fe_params"] == pytest.approx(plain.fe_params.to_dict(), rel=1e-7)
+    assert_is_the_fit(place, pd.concat(days))
 
 
 def test_a_window(place: Place) -> None:
@@ -476,7 +497,7 @@ def test_a_store_of_another_model(place: Place) -> None:
     place.add(0)
     place.done(0)
     for text, word in (
-        (JOB.replace("+ f ", ""), "formula is 'y ~ x + (1 + x | g)', in the store it is"),
+        (JOB.replace("+ f ", "+ h "), "'h'"),
         (JOB + "weights: w\n", "weights is 'w', in the store it is None"),
         (JOB + "offset: w\n", "offset is 'w'"),
         (JOB + "missing: raise\n", "missing is 'raise'"),
@@ -512,7 +533,7 @@ def test_no_convergence(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.done(0)
     one = place.pointer
     place.add(1)
-    fit, starts = runs.MomentsModel._fit, []
+    fit, starts = refitting.MomentsModel._fit, []
 
     def lost(self: Any, reml: bool, search: Any, *rest: Any) -> Any:
         starts.append(search.start is None)
@@ -520,7 +541,7 @@ def test_no_convergence(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(found, summary=replace(found.summary, converged=False))
 
     with monkeypatch.context() as context:
-        context.setattr(runs.MomentsModel, "_fit", lost)
+        context.setattr(refitting.MomentsModel, "_fit", lost)
         result = place.run()
         assert result.exit_code == cli.Status.NOT_CONVERGED
         assert_one_line(result, "did not converge", "nothing is published")
@@ -659,14 +680,15 @@ def assert_whole(place: Place) -> None:
 
 def test_runs_that_are_killed_at_any_instant(tmp_path: Path) -> None:
     """Of ten, half are first runs and half have a day before; the benchmark kills a hundred."""
-    place = Place(tmp_path / "place")
+    formula = "y ~ x + (1 | g)"
+    place = Place(tmp_path / "place", JOB.replace(FORMULA, formula))
     days = [place.add(0)]
     with killing.Killer(place.path, (298, 596), seed=20) as killer:
         killer.prepare(lambda: days.append(place.add(1)))
         for later in range(2):
             killer.restore(later)
             killer.run()
-            assert_is_the_fit(place, pd.concat(days[: 1 + later]))
+            assert_is_the_fit(place, pd.concat(days[: 1 + later]), formula)
         for number in range(10):
             killer.kill(number % 2)
     assert killer.killed >= 5
@@ -686,9 +708,9 @@ def stop(*_: Any, **__: Any) -> None:
     [
         "dmixed.momentstore.commit",
         "dmixed.refit.version_name",
-        "dmixed.refit._Run.make",
-        "dmixed.refit.factors_of",
-        "dmixed.refit._Run._provenance",
+        "dmixed.refit._made",
+        "dmixed.versions.factors_of",
+        "dmixed.versions._provenance",
         "dmixed.published.Published.add",
         "dmixed.published.Published.check",
         "dmixed.published.Published.publish",
@@ -779,52 +801,50 @@ def test_no_scheduler_answers(place: Place) -> None:
     assert_one_line(result, "nonsense://x")
 
 
-def test_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_store(
+    tmp_path: Path, object_store: ObjectStore, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Credentials come from the environment; they are in no file and no message."""
-    fsspec = pytest.importorskip("fsspec")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("BUCKET", "refits")
+    import s3fs
+
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BUCKET", bucket)
+    fs = s3fs.S3FileSystem()
+    text = JOB + "keep: 1\n"
+    for name in ("rows", "moments", "results"):
+        text = text.replace(f": {name}\n", f": s3://${{BUCKET}}/{name}\n")
+    place, days = Place(tmp_path, text), []
+    for day in range(2):
+        days.append(rows(day))
+        with fs.open(f"{bucket}/rows/day-{day}.parquet", "wb") as file:
+            days[-1].to_parquet(file)
+        done = place.done(0)
+        assert done["status"] == "published"
+        assert place.done(0)["status"] == "nothing new"
+    pointer = json.loads(fs.cat_file(f"{bucket}/results/current.json"))
+    assert pointer["history"] == [done["version"]]
+    assert done["folder"] == f"s3://{bucket}/results/{pointer['folder']}"
+    fs.invalidate_cache()
+    names = {path.split("/")[2] for path in fs.find(f"{bucket}/results")}
+    assert names == {"current.json", done["version"]}
+    found = json.loads(fs.cat_file(f"{bucket}/results/{pointer['folder']}/result.json"))
+    plain = dmixed.lmer(FORMULA, pd.concat(days))
+    assert found["llf"] == pytest.approx(plain.llf, rel=1e-12)
+    secret = object_store.owner.secret
+    for path in fs.find(bucket):
+        assert secret.encode() not in fs.cat_file(path)
+
+    result = Place(tmp_path, text.replace("/results", "-nosuch/results")).run()
+    assert result.exit_code == cli.Status.ERROR
+    assert_one_line(result, f"s3://{bucket}-nosuch/results")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("refits")
-        text = JOB + "keep: 1\n"
-        for name in ("rows", "moments", "results"):
-            text = text.replace(f": {name}\n", f": s3://${{BUCKET}}/{name}\n")
-        place = Place(tmp_path, text)
-        days = []
-        for day in range(2):
-            days.append(rows(day))
-            with fs.open(f"refits/rows/day-{day}.parquet", "wb") as file:
-                days[-1].to_parquet(file)
-            done = place.done(0)
-            assert done["status"] == "published"
-            assert place.done(0)["status"] == "nothing new"
-        pointer = json.loads(fs.cat_file("refits/results/current.json"))
-        assert pointer["history"] == [done["version"]]
-        assert done["folder"] == f"s3://refits/results/{pointer['folder']}"
-        fs.invalidate_cache()
-        names = {path.split("/")[2] for path in fs.find("refits/results")}
-        assert names == {"current.json", done["version"]}
-        found = json.loads(fs.cat_file(f"refits/results/{pointer['folder']}/result.json"))
-        plain = dmixed.lmer(FORMULA, pd.concat(days))
-        assert found["llf"] == pytest.approx(plain.llf, rel=1e-12)
-        for path in fs.find("refits"):
-            assert b"wJalrXUtnFEMI" not in fs.cat_file(path)
-        result = Place(tmp_path, text.replace("/results", "-nosuch/results")).run()
-        assert result.exit_code == cli.Status.ERROR
-        assert_one_line(result, "s3://refits-nosuch/results", "bucket does not exist")
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
+    result = Place(tmp_path, text).run()
+    assert result.exit_code == cli.Status.ERROR
+    assert_one_line(result, f"s3://{bucket}")
+    assert secret not in result.output
+    assert "another-secret" not in result.output
 
 
 def test_as_a_user_starts_it(place: Place) -> None:
