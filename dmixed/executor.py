@@ -33,6 +33,7 @@ from dmixed.evaluation import RemoteMoments
 from dmixed.formula.expressions import columns_of
 from dmixed.planning import (
     SAMPLE_ROWS,
+    SMALL_FRAME,
     Layout,
     PassPlan,
     divisible,
@@ -43,6 +44,7 @@ from dmixed.planning import (
 )
 from dmixed.progress import Report
 from dmixed.sources import Part, Source, load
+from dmixed.sources.partitions import on_their_own
 
 T = TypeVar("T")
 
@@ -50,7 +52,10 @@ SPLIT_EVERY = 4
 """States added by one task of the tree."""
 
 MANY_FRAMES = 32
-"""Dask partitions from which one is counted to estimate the rows of all."""
+"""Dask partitions from which one is counted to estimate the rows of all.
+
+Fewer stay tasks of their own.
+"""
 
 MOMENTS = "dmixed-moments"
 """Name of the tasks of a pass in Dask's dashboard."""
@@ -180,7 +185,10 @@ def plan_pass(
     if source.kind != "dask":
         sample = source.head(_key_columns(spec), SAMPLE_ROWS)
     elif len(parts) >= MANY_FRAMES:
-        rows = len(parts) * each_part(_length, parts[:1], client)[0]
+        first = each_part(_length, parts[:1], client)[0]
+        rows = len(parts) * first
+        if first <= SMALL_FRAME:
+            parts = on_their_own(parts)
     keys = sample_keys(spec, sample, max(rows, len(sample)))
     if len(spec.keys) == 1:
         ranges = [part.ranges.get(spec.keys[0].name) for part in parts]

@@ -20,6 +20,7 @@ from dmixed.design import DesignSpec, block
 from dmixed.design.columns import Rows
 from dmixed.index import LabelIndex
 from dmixed.sources import Part
+from dmixed.sources.partitions import Partition
 
 TASKS, TASK_ROWS = 8, 64_000_000
 """The pass has at most `TASKS` tasks for every `TASK_ROWS` rows."""
@@ -32,6 +33,15 @@ STATE = 2**29
 
 WHOLE, SHARD, SHARDS = 2**25, 2**27, 8
 """Bytes of all moments that are not divided; of a shard; shards at least, if there are any."""
+
+SMALL_FRAME = 2**16
+"""Rows of a Dask partition up to which a task may compute several of them."""
+
+FRAMES, FRAME_TASKS, FRAME_ROWS = 16, 128, 2**18
+"""Small Dask partitions of a task at most; tasks for them at least, if there are as many
+partitions; rows of a task at most, by estimate.
+
+How long Dask takes for a partition is not known, so that they are spread wider than files."""
 
 SAMPLE_ROWS = 2**14
 """Rows whose keys are looked at."""
@@ -223,6 +233,10 @@ def layout(
         shards = max(shards, SHARDS)
     if any(isinstance(part.task, Delayed) for part in parts):
         tasks = n  # a task would hold all the frames that it waits for
+    elif any(isinstance(part.task, Partition) for part in parts):
+        tasks = max(
+            math.ceil(n / FRAMES), min(n, FRAME_TASKS), min(n, math.ceil(rows / FRAME_ROWS))
+        )
     else:
         tasks = min(n, _tasks(rows, keys, size))
     ends = [round(n * (i + 1) / tasks) for i in range(tasks)]

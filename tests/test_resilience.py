@@ -19,7 +19,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dmixed
-from dmixed import planning, preparation
+from dmixed import executor, planning, preparation
 from dmixed.progress import Event
 from dmixed.sources import base
 
@@ -119,6 +119,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "MERGED", 0)
 
 
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task computes two partitions of the frame."""
+    monkeypatch.setattr(executor, "MANY_FRAMES", 2)
+    monkeypatch.setattr(planning, "FRAMES", 2)
+    monkeypatch.setattr(planning, "FRAME_TASKS", 2)
+
+
 def fit(source: Any, client: Client, **options: Any) -> dmixed.MixedLMResults:
     """A fit that takes its time over the rows."""
     context = {"slowly": slowly if isinstance(source, str) else at_once}
@@ -204,6 +212,16 @@ def test_a_worker_dies_during_the_pass(client: Client, folder: str, kind: str, w
     pids = process_ids(client)
     killer = Killer(next(iter(pids.values())))
     result = fit(source, client, evaluate_on=where, progress=killer)
+    assert killer.killed
+    assert bits(result) == before
+    assert_each_part_told_once(killer.events)
+
+
+def test_a_worker_dies_that_computes_partitions(client: Client, folder: str, runs: None) -> None:
+    source = data("dask", folder)
+    before = bits(fit(source, client))
+    killer = Killer(next(iter(process_ids(client).values())))
+    result = fit(source, client, progress=killer)
     assert killer.killed
     assert bits(result) == before
     assert_each_part_told_once(killer.events)

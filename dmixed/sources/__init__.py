@@ -179,12 +179,12 @@ def load(part: Part, value: pd.DataFrame | None = None) -> pa.Table:
     DataError
         the rows cannot be read or converted; the message starts with the part or file
     """
-    if value is not None:
-        from dmixed.sources.daskframe import from_partition
+    rows: pa.Table | pd.DataFrame = part.task() if value is None else value
+    if isinstance(rows, pa.Table):
+        return rows
+    from dmixed.sources.daskframe import from_partition
 
-        return from_partition(part, value)
-    table: pa.Table = part.task()
-    return table
+    return from_partition(part, rows)
 
 
 def stream(part: Part, value: pd.DataFrame | None = None) -> Iterator[pa.Table]:

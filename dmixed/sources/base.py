@@ -26,8 +26,8 @@ class Part:
     rows
         number of rows, or None where only reading would tell
     task
-        a zero-argument callable that returns a pyarrow Table and pickles small, or the Dask
-        Delayed of a pandas partition
+        a zero-argument callable that returns a pyarrow Table, or for a Dask partition a pandas
+        frame, and pickles small; or the Dask Delayed of a pandas partition
     columns
         the columns it reads
     numbers

@@ -129,7 +129,9 @@ class DaskSource:
 
 def _as_declared(frame: pd.DataFrame, names: Sequence[str], texts: Collection[str]) -> pd.DataFrame:
     """Those of the columns that a partition has, its objects as text where that is declared."""
-    frame = frame[[name for name in names if name in frame.columns]]
+    own = [name for name in names if name in frame.columns]
+    if own != list(frame.columns):  # or else it takes longer than the rows of a small partition
+        frame = frame[own]
     objects = {
         c: "string[pyarrow]" for c, d in frame.dtypes.items() if c in texts and d.kind == "O"
     }
