@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from dmixed.inference.random_effects import n_effects
 from dmixed.plots.residuals import Residuals
-from dmixed.summary import DIGITS, few_rows, held_at_zero, singular_parts
+from dmixed.summary import DIGITS, few_rows, held_at_zero, singularities
 from dmixed.tabular import WIDTH
 
 Severity = Literal["problem", "caution", "note"]
@@ -183,7 +183,7 @@ def _convergence(result: Any) -> Iterator[Finding]:
 def _singular(result: Any) -> Iterator[Finding]:
     if not result.singular:
         return
-    parts = singular_parts(result.varcorr()) or ["a combination of random effects has no variance"]
+    parts = singularities(result.varcorr()) or ["a combination of random effects has no variance"]
     bars = [len(cov) for cov in result.varcorr().values()]
     advice = "a simpler random part gives the same fit: "
     advice += (

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from dmixed.covariance import singular_parts
 from dmixed.errors import DataError
 from dmixed.tabular import (
     RULE,
@@ -33,7 +34,7 @@ __all__ = [
     "few_rows",
     "held_at_zero",
     "quantile",
-    "singular_parts",
+    "singularities",
     "summarise",
 ]
 
@@ -42,9 +43,6 @@ INLINE = 3
 
 DIGITS = 6
 """Decimal digits of the criterion lost to rounding that are still not worth a word."""
-
-FLAT_SD = 1e-6
-"""Relative standard deviation, and distance of a correlation from one, that count as none."""
 
 TITLE = "Mixed Linear Model Regression Results"
 """Title of a summary, as in statsmodels."""
@@ -360,43 +358,21 @@ def few_rows(nobs: int, n_random: int, n_fixed: int) -> tuple[str, ...]:
     )
 
 
+def singularities(varcorr: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What is singular in the covariances of the bars, in words that end no sentence."""
+    return [
+        text
+        for label, cov in varcorr.items()
+        for text in singular_parts(label, list(map(str, cov.index)), cov.to_numpy())
+    ]
+
+
 def held_at_zero(bar: str) -> str:
     """A sentence for a bar, as written, whose variances are held at zero."""
     return (
         f"{bar} lies within another bar: the likelihood cannot split what the two share, and all "
         "of it is given to the larger one. Leave the smaller out."
     )
-
-
-def singular_parts(varcorr: Mapping[str, pd.DataFrame]) -> list[str]:
-    """What is singular in the covariances of the bars, in words that end no sentence."""
-    found = []
-    for label, cov in varcorr.items():
-        sd = np.sqrt(np.maximum(np.diag(cov), 0.0))
-        names = [str(name) for name in cov.index]
-        zero = sd <= FLAT_SD * max(sd.max(initial=0.0), np.finfo(np.float64).tiny)
-        own = [n for n, z in zip(names, zero, strict=True) if z]
-        if len(names) == 1 and own:
-            found.append(f"the variance of {label} is zero")
-        elif own:
-            found.append(f"the variance of {', '.join(own)} by {label} is zero")
-        left = np.flatnonzero(~zero)
-        R = cov.to_numpy()[np.ix_(left, left)] / np.outer(sd[left], sd[left])
-        pairs = [
-            (left[a], left[b], R[a, b])
-            for a in range(len(left))
-            for b in range(a)
-            if abs(R[a, b]) > 1.0 - FLAT_SD
-        ]
-        found += [
-            f"{names[b]} and {names[a]} by {label} have the correlation {round(r):+d}"
-            for a, b, r in pairs
-        ]
-        if len(left) > 2 and not pairs and np.linalg.eigvalsh(R)[0] < FLAT_SD:
-            found.append(
-                f"one of the {len(left)} effects by {label} is a combination of the others"
-            )
-    return found
 
 
 def _notes(result: Any) -> tuple[str, ...]:
@@ -412,7 +388,7 @@ def _notes(result: Any) -> tuple[str, ...]:
         )
     notes += result.notes
     if result.singular:
-        parts = singular_parts(result.varcorr())
+        parts = singularities(result.varcorr())
         which = f" Here {'; '.join(parts)}." if parts else ""
         notes.append(
             f"Singular fit: a variance is exactly zero or a correlation exactly one.{which} The "

@@ -78,8 +78,8 @@ def new_axes(
 
 
 def answer(axes: Any) -> Any:
-    """The one Axes of an array, or the array."""
-    return axes[0, 0] if axes.size == 1 else axes
+    """The one Axes of an array, or the array without axes of length one."""
+    return axes[0, 0] if axes.size == 1 else axes.squeeze()
 
 
 # --------------------------------------------------------------------------- texts
