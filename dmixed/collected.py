@@ -23,6 +23,7 @@ from dmixed.formula import ParsedFormula, parse, parse_parts
 from dmixed.groupcolumns import GroupColumns, joined, means, with_means, with_within
 from dmixed.ledger import check_differences, compared, entries, named
 from dmixed.manifests import Delta, Manifest, read_manifest
+from dmixed.markup import moments_html, store_html
 from dmixed.model import MixedLM, placed
 from dmixed.naming import Names
 from dmixed.preparation import Prepared, prepare
@@ -115,6 +116,9 @@ class Moments:
 
     def __repr__(self) -> str:
         return f"<Moments of {self.formula!r}: {self.nobs:,} rows, {self.n_cells:,} groups>"
+
+    def _repr_html_(self) -> str:
+        return moments_html(self)
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets of rows, which must not have a row in common.
@@ -405,6 +409,9 @@ class MomentStore:
             f"<MomentStore {self.uri!r}, version {self.version}: {self.formula!r}, "
             f"{self.nobs:,} rows in {n} part{'s' * (n > 1)}>"
         )
+
+    def _repr_html_(self) -> str:
+        return store_html(self)
 
     # ------------------------------------------------------------------ models
 

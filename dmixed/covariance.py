@@ -9,7 +9,7 @@ entry counted once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmixed.blocks import Floats
+
+ALMOST = 1e-6
+"""Relative standard deviation, and distance of a correlation from one, that count as none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +172,33 @@ def rebase(blocks: Blocks, root: Floats) -> tuple[Floats, Floats]:
         U, sizes, _ = np.linalg.svd(root[block, block])
         V[block, block], s[block] = U, sizes
     return V, s
+
+
+def singular_parts(label: str, names: Sequence[str], cov: Floats) -> list[str]:
+    """What is singular in the covariance (q, q) of a bar's effects, in words that end no sentence.
+
+    Parameters
+    ----------
+    label
+        of the bar
+    names
+        of its q columns
+    """
+    sd = np.sqrt(np.maximum(np.diag(cov), 0.0))
+    zero = sd <= ALMOST * max(sd.max(initial=0.0), np.finfo(np.float64).tiny)
+    own = [name for name, z in zip(names, zero, strict=True) if z]
+    found = []
+    if own:
+        whose = label if len(names) == 1 else f"{', '.join(own)} by {label}"
+        found.append(f"the variance of {whose} is zero")
+    left = np.flatnonzero(~zero)
+    R = cov[np.ix_(left, left)] / np.outer(sd[left], sd[left])
+    pairs = [(a, b) for a in range(len(left)) for b in range(a) if abs(R[a, b]) > 1.0 - ALMOST]
+    found += [
+        f"{names[left[b]]} and {names[left[a]]} by {label} have the correlation "
+        f"{round(float(R[a, b])):+d}"
+        for a, b in pairs
+    ]
+    if len(left) > 2 and not pairs and np.linalg.eigvalsh(R)[0] < ALMOST:
+        found.append(f"one of the {len(left)} effects by {label} is a combination of the others")
+    return found

@@ -15,6 +15,7 @@ from dmixed.constrained import fit_constrained
 from dmixed.errors import ConvergenceWarning, DataError
 from dmixed.fitting import Estimates, Search, fit
 from dmixed.held import Held, Penalties
+from dmixed.markup import counted, page
 from dmixed.methods import search_methods, settings_of
 from dmixed.optimizer import Step
 from dmixed.params import MixedLMParams
@@ -28,6 +29,27 @@ class FitsOfModel(RowsOfModel):
     """The fits of a model; none leaves anything behind on it."""
 
     progress: Progress | bool | None
+
+    @property
+    def formula(self) -> str:
+        """The model's formula."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """The model, and what has been read of its rows."""
+        moments = vars(self).get("moments")
+        source = self.source
+        pairs = [("Model", type(self).__name__), ("Formula", self.formula)]
+        if source is not None:
+            pairs.append(("Data", f"{source.kind}, {getattr(source, 'location', '')}".rstrip(", ")))
+        if moments is None:
+            pairs.append(("Rows", "not read yet: the first fit does"))
+        else:
+            pairs += [
+                ("Rows", counted(moments.nobs, moments.summary.dropped.items())),
+                ("Cells of the groups", f"{moments.n_cells:,}"),
+            ]
+        return page("Linear mixed model", pairs)
 
     def _read(self, report: Report) -> None:
         """Make the moments that the fits need."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -30,6 +31,9 @@ T = TypeVar("T")
 
 SENT_AHEAD = 2**20
 """Bytes of a lookup from which it is sent to a cluster at once, past the scheduler."""
+
+ADDED = 8
+"""Summaries that one task adds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,6 +237,44 @@ def with_columns(
     index = source.index()
     table.index = pd.RangeIndex(len(table)) if index is None else index.copy()
     return table[np.concatenate([part.used for part in found])] if job.used_only else table
+
+
+def summed(
+    job: Job,
+    lookup: Lookup | None,
+    source: Source,
+    summary: Callable[[Predicted, pa.Table, str], T],
+    client: Any = None,
+) -> T:
+    """Sum over the parts of ``summary(numbers, rows, name)``, which adds; rows stay where they are.
+
+    The tasks that read make the summaries, and others add them, `ADDED` at a time.
+    """
+    parts = source.parts(job.columns)
+    tasks = _tasks(partial(_summary, summary), job, lookup, parts, client)
+    while len(tasks) > 1:
+        tasks = [
+            delayed(_sum, pure=False)(tasks[i : i + ADDED]) for i in range(0, len(tasks), ADDED)
+        ]
+    found: T = compute(tasks, client)[0]
+    return found
+
+
+def _summary(
+    summary: Callable[[Predicted, pa.Table, str], T],
+    job: Job,
+    lookup: Lookup | None,
+    part: Part,
+    value: Any,
+    number: int,
+) -> T:
+    del number
+    rows = load(part, value)
+    return summary(job.predictor(lookup, rows, part.name), rows, part.name)
+
+
+def _sum(found: Sequence[Any]) -> Any:
+    return reduce(add, found)
 
 
 # --------------------------------------------------------------------------- to Dask

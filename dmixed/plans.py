@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from dmixed.dispatch import find_client
 from dmixed.errors import DataError
 from dmixed.executor import DRIVER, plan_pass
 from dmixed.formula import parse
+from dmixed.markup import page
 from dmixed.model import MixedLM, placed
 from dmixed.planning import TASK_ROWS, TASKS, divisible
 from dmixed.results import MixedLMResults
@@ -134,11 +134,7 @@ class Plan:
         return "\n".join(text_lines(self._lines()))
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
-            for label, value in self._lines()
-        )
-        return f"<table>{rows}</table>"
+        return page("Plan", [(label.rstrip(":"), value) for label, value in self._lines()])
 
 
 def plan(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from dmixed import storage
+from dmixed.diagnosis import Diagnosis, diagnose
 from dmixed.folded import FoldedEffects, fold
 from dmixed.notes import fit_notes
 from dmixed.params import MixedLMParams
+from dmixed.plots import Plots
 from dmixed.predicted import Predicted
 from dmixed.summary import Summary, summarise
 
@@ -93,7 +96,8 @@ class MixedLMResults(Predicted):
         """Forget the rows: what needs them again raises, everything else stays."""
         object.__setattr__(self, "_source", None)
         object.__setattr__(self, "_model", None)
-        self.__dict__.pop("_rows", None)
+        for name in ("_rows", "plot"):
+            self.__dict__.pop(name, None)
 
     def fold_in(
         self,
@@ -187,6 +191,25 @@ class MixedLMResults(Predicted):
         return summarise(
             self, alpha, yname=yname, xname_fe=xname_fe, xname_re=xname_re, title=title
         )
+
+    @cached_property
+    def plot(self) -> Plots:
+        """Pictures, see `Plots`: ``result.plot.caterpillar()``; they need matplotlib."""
+        return Plots(self)
+
+    def diagnose(self, residuals: bool = False) -> Diagnosis:
+        """What may be wrong with the fit or the data, in plain words, and what to try.
+
+        Parameters
+        ----------
+        residuals
+            look for outliers too, which reads the rows of the fit again
+
+        Returns
+        -------
+        findings, the gravest first; prints as text, and as HTML in notebooks
+        """
+        return diagnose(self, self.plot._own_residuals if residuals else None)
 
     def __str__(self) -> str:
         return str(self.summary())

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from dmixed.covariance import singular_parts
 from dmixed.errors import DataError
 from dmixed.tabular import (
     RULE,
@@ -27,7 +28,15 @@ from dmixed.tabular import (
     text_table,
 )
 
-__all__ = ["WIDTH", "Summary", "few_rows", "held_at_zero", "quantile", "summarise"]
+__all__ = [
+    "WIDTH",
+    "Summary",
+    "few_rows",
+    "held_at_zero",
+    "quantile",
+    "singularities",
+    "summarise",
+]
 
 INLINE = 3
 """Columns of a bar whose correlations stand beside their variances."""
@@ -349,6 +358,15 @@ def few_rows(nobs: int, n_random: int, n_fixed: int) -> tuple[str, ...]:
     )
 
 
+def singularities(varcorr: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What is singular in the covariances of the bars, in words that end no sentence."""
+    return [
+        text
+        for label, cov in varcorr.items()
+        for text in singular_parts(label, list(map(str, cov.index)), cov.to_numpy())
+    ]
+
+
 def held_at_zero(bar: str) -> str:
     """A sentence for a bar, as written, whose variances are held at zero."""
     return (
@@ -370,10 +388,12 @@ def _notes(result: Any) -> tuple[str, ...]:
         )
     notes += result.notes
     if result.singular:
+        parts = singularities(result.varcorr())
+        which = f" Here {'; '.join(parts)}." if parts else ""
         notes.append(
-            "Singular fit: a variance is exactly zero or a correlation exactly one. The estimates "
-            "are the optimum, but the random part is richer than these data can show; a simpler "
-            "one gives the same fit. Standard errors hold the zero fixed."
+            f"Singular fit: a variance is exactly zero or a correlation exactly one.{which} The "
+            "estimates are the optimum, but the random part is richer than these data can show; a "
+            "simpler one gives the same fit. Standard errors hold the zero fixed."
         )
     if not result.converged:
         notes.append(

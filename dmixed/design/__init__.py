@@ -7,7 +7,7 @@ on any rows.
 """
 
 from dmixed.design.batches import Batch, block
-from dmixed.design.matrices import ModelRows, matrix
+from dmixed.design.matrices import ModelRows, fixed_rows, matrix
 from dmixed.design.recoding import (
     BarDesign,
     Design,
@@ -39,6 +39,7 @@ __all__ = [
     "block",
     "carried_names",
     "component_column",
+    "fixed_rows",
     "learn",
     "matrix",
     "merge_levels",

@@ -121,6 +121,47 @@ def matrix(
     return ModelRows(X, Z, offset, y, group, labels, ~missing.rows)
 
 
+def fixed_rows(
+    design: Design, table: pa.Table, held: Mapping[str, float | Level], n: int
+) -> Floats:
+    """X (n, p) of rows of which only some inputs of the fixed terms have a value of their own.
+
+    Parameters
+    ----------
+    table
+        n rows of the data columns of the other inputs
+    held
+        by the name of an input, the one value that a variable has in all rows, or the level of a
+        category
+
+    Raises
+    ------
+    DataError
+        a level was not in the data of the fit, or a column is not there
+    """
+    rows = Rows(table, design.spec.context)
+    values: dict[str, Floats] = {}
+    codes: dict[str, Codes] = {}
+    missing = np.zeros(n, np.bool_)
+    for item in design.spec.fixed_inputs:
+        if isinstance(item, Category):
+            levels = design.levels[item.name]
+            codes[item.name] = (
+                np.full(n, levels.index(held[item.name]), np.int32)
+                if item.name in held
+                else _known_levels(rows, item, levels)
+            )
+            missing |= codes[item.name] < 0
+        else:
+            values[item.name] = (
+                np.full(n, float(held[item.name])) if item.name in held else rows.variable(item)
+            )
+            missing |= ~np.isfinite(values[item.name])
+    with np.errstate(all="ignore"):  # in rows that become NaN
+        X, _ = _evaluate(design, values, codes, missing, False)
+    return X
+
+
 class _Missing:
     """Rows where something is missing, by the rules of `design.block`."""
 
