@@ -54,9 +54,12 @@ class _Workspace:
         F, product, inside = self.F[:m], self.product[:m], self.inside[:m]
         frame = zip(block.values, block.frame.shift, block.frame.scale, self.shifted, strict=True)
         for v, (x, shift, scale, u) in enumerate(frame):
-            np.subtract(x[rows], shift, out=u[:m])
             out = F[:, self.alone[v]] if v in self.alone else u[:m]
-            np.multiply(u[:m], 1.0 / scale, out=out)
+            if scale == 1.0:  # as of all variables of about that size: scales are powers of two
+                np.subtract(x[rows], shift, out=out)
+            else:
+                np.subtract(x[rows], shift, out=u[:m])
+                np.multiply(u[:m], 1.0 / scale, out=out)
         for j, recipe in self.others:
             factors = [self.shifted[v, :m] for v, power in recipe.powers for _ in range(power)]
             column: Floats | float = factors[0] if factors else 1.0
