@@ -361,7 +361,7 @@ def test_a_checkpoint(
     with pytest.raises(Stopped):
         fit(rows.uri, options, checkpoint=place, progress=stop)
     names = {path.rpartition("/")[2] for path in fs.find(f"{bucket}/kept", refresh=True)}
-    assert {"manifest.json", "progress.json"} <= names
+    assert {"manifest-00000001.json", "progress.json"} <= names
     told: list[str] = []
     again = fit(rows.uri, options, checkpoint=place, progress=lambda e: told.append(e.message))
     assert any(text.startswith(f"resumed from {place}") for text in told)

@@ -20,7 +20,7 @@ import dmixed
 from dmixed.binned import Binned
 from dmixed.errors import DataError, DmixedError, NotSupportedError
 from dmixed.plots import blups, partial, residuals, search
-from dmixed.plots.canvas import BLUE, RED, model_lines, plain, told_apart
+from dmixed.plots.canvas import BLUE, RED, effect_on, model_lines, plain, told_apart
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -164,7 +164,7 @@ def test_texts_are_drawn_as_they_are():
     assert max(len(x.replace("\\", "")) for x in found) <= 26
     assert "number 7" in found[7]
     assert len(told_apart(["same" * 20] * 2, 10)) == 2
-    assert len(model_lines("y ~ " + " + ".join(f"x{i}" for i in range(200)))) == 2
+    assert len(model_lines("y ~ " + " + ".join(f"x{i}" for i in range(200)), 50)) == 2
 
 
 # --------------------------------------------------------------------------- random effects
@@ -472,6 +472,26 @@ def test_axes_that_are_given(slope):
     with pytest.raises(DataError, match="must be matplotlib Axes"):
         slope.plot.qq(ax="axes")
     assert len(plt.get_fignums()) == 1
+
+
+def test_small_axes_side_by_side(odd):
+    """Titles and legends keep to their Axes, also where those are small."""
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.6), layout="constrained")
+    odd.plot.qq(ax=axes[0])
+    odd.plot.convergence(ax=axes[1])
+    figure.draw_without_rendering()
+    left, right = (ax.title.get_window_extent() for ax in axes)
+    assert left.x1 < right.x0
+    for ax in axes:
+        box = ax.get_legend().get_window_extent()
+        assert ax.bbox.x0 - 1 <= box.x0
+        assert box.x1 <= ax.bbox.x1 + 1
+
+
+def test_units_of_effects():
+    assert effect_on("y [ml]", "Intercept") == "y [ml]"
+    assert effect_on("y [ml]", "dose [mg]") == "y [ml] per unit of dose [mg]"
+    assert effect_on("y [ml]", "arm[T.b]") == "y [ml], arm[T.b]"
 
 
 def test_matplotlib_is_an_extra(slope, monkeypatch):

@@ -566,7 +566,7 @@ class TestDerived:
         found = []
         for i, (a, b) in enumerate(((0, half), (half, moments.n_cells))):
             own = moments.cells.group.part(a, b)
-            own = dmixed.cellmoments._without_totals(own) if i else own
+            own = dmixed.cellmoments.without_totals(own) if i else own
             varying = tuple((r, j, v[a:b]) for r, j, v in plan.wanted.varying)
             found.append(derive(own, dataclasses.replace(plan.wanted, varying=varying)).totals)
         together, expected = found[0] + found[1], whole.totals

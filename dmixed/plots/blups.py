@@ -211,14 +211,15 @@ def caterpillar(
     width = 6.4 if q == 1 else min(3.2 * q + 0.8, 16.0)
     axes = new_axes(ax, (1, q), (width, height))
     draw = _strip if as_strip else _levels
-    room = 54 if q == 1 else 30
     for j, own in enumerate(axes[0]):
         draw(own, blups, j, z, result.endog_name, label)
-        what = f"{blups.names[j]} by {label}, {_percent(alpha)} intervals"
+        name = blups.names[j]
+        of = label if name == label else f"{name} by {label}"
+        what = f"{of}, {_percent(alpha)} intervals"
         if q == 1:
             entitled(own, what, result.formula)
         else:
-            own.set_title(plain(f"{blups.names[j]}, {_percent(alpha)}", room), fontsize="medium")
+            own.set_title(plain(f"{blups.names[j]}, {_percent(alpha)}", 30), fontsize="medium")
     if q > 1 and ax is None:
         _above(axes, f"BLUPs by {label}", result.formula)
     trimmed(axes[0])
@@ -259,11 +260,12 @@ def _levels(ax: Any, blups: Blups, j: int, z: float, response: str, factor: str)
         ax.set_ylabel(plain(factor, LABEL))
     else:
         ax.set_yticks([])
-    _axis(ax.set_xlabel, blups, j, response)
+    _axis(ax.set_xlabel, blups, j, response, factor)
 
 
-def _axis(set_label: Any, blups: Blups, j: int, response: str) -> None:
-    text = effect_on(response, blups.names[j])
+def _axis(set_label: Any, blups: Blups, j: int, response: str, factor: str) -> None:
+    component = blups.names[j] == factor
+    text = effect_on(response, "Intercept" if component else blups.names[j])
     if not blups.spread[j].bins.any() and len(blups.spread[j].counts) == 1:
         text += "\nall zero: the variance is estimated as zero"
     set_label(text)
@@ -281,7 +283,7 @@ def _strip(ax: Any, blups: Blups, j: int, z: float, response: str, factor: str) 
     ax.set_xlim(0, 100)
     of = f" of {plain(factor, 20)}, by their BLUP" if len(blups.names) == 1 else ""
     ax.set_xlabel(f"% of {blups.total:,} levels{of}")
-    _axis(ax.set_ylabel, blups, j, response)
+    _axis(ax.set_ylabel, blups, j, response, factor)
     if j == 0:
         lines_in(ax, loc="upper left")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,11 @@ COUNTS = "cividis"
 LABEL = 26
 """Characters of a level's label that are shown."""
 
-LINE = 54
-"""Characters in a line of a title, for a picture of 6.4 inches."""
+LETTER = 6.6
+"""Points of width of a character of a title."""
+
+LEVEL = re.compile(r"\S\[.*\]$")
+"""Ends the name of a column of a level, such as ``f[T.b]``."""
 
 MANY = 1_000
 """Points from which counts are shown instead of points."""
@@ -122,13 +126,15 @@ def _alike(texts: Sequence[str]) -> int:
                 min(len(first), len(last)))  # fmt: skip
 
 
-def entitled(ax: Any, what: str, model: str, room: int = LINE) -> None:
-    """Title: what is shown, and the model in one or two lines."""
-    ax.set_title("\n".join([plain(what, 2 * room), *model_lines(model, room)]), fontsize="medium")
+def entitled(ax: Any, what: str, model: str) -> None:
+    """Title: what is shown and the model, each in one or two lines that fit the Axes."""
+    width = float(ax.get_window_extent().width * 72.0 / ax.figure.dpi)
+    room = max(int(width / LETTER), 12)
+    ax.set_title("\n".join([*model_lines(what, room), *model_lines(model, room)]), size="medium")
 
 
-def model_lines(model: str, room: int = LINE) -> list[str]:
-    """A formula in at most two lines."""
+def model_lines(model: str, room: int) -> list[str]:
+    """A text in at most two lines."""
     lines = textwrap.wrap(" ".join(model.split()), room, break_on_hyphens=False)
     if len(lines) > 2:
         lines = [lines[0], f"{lines[1][: room - 1]}…"]
@@ -140,7 +146,7 @@ def effect_on(response: str, column: str, short: bool = False) -> str:
     y, x = plain(response, 24), plain(column, 24)
     if column in ("Intercept", "1"):
         return y
-    if "[" in column:  # of a level, not per unit
+    if LEVEL.search(column):  # not per unit
         return x if short else f"{y}, {x}"
     return f"{y} per unit of {x}"
 
@@ -191,7 +197,8 @@ def cased() -> list[Any]:
 
 def lines_in(ax: Any, **options: Any) -> None:
     """A legend in the emptiest corner."""
-    ax.legend(fontsize="small", frameon=True, framealpha=0.85, **options)
+    small = ax.get_window_extent().width / ax.figure.dpi < 3.0
+    ax.legend(fontsize="x-small" if small else "small", frameon=True, framealpha=0.85, **options)
 
 
 def trimmed(axes: Sequence[Any]) -> None:

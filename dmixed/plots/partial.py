@@ -19,7 +19,6 @@ from dmixed.formula.polynomials import Variable
 from dmixed.plots.canvas import (
     BLUE,
     entitled,
-    lines_in,
     new_axes,
     plain,
     told_apart,
@@ -207,7 +206,8 @@ def _held(
         assert moments is not None  # every variable of a fixed term is carried
         held[item.name] = moments[0]
         if item.part < 0:
-            words.append(f"{item.node.text} = {moments[0]:.4g}")
+            shown = 0.0 if abs(moments[0]) < 1e-6 * moments[1] else moments[0]
+            words.append(f"{item.node.text} = {shown:.4g}")
         elif item.node.text not in splines:
             splines.add(item.node.text)
             words.append(f"{item.node.text} at its mean")
@@ -238,31 +238,24 @@ def partial(
     if found.numeric:
         x = np.asarray(found.values, dtype=np.float64)
         order = np.argsort(x, kind="stable")
-        own.fill_between(
-            x[order], low[order], high[order], color=BLUE, alpha=0.25, lw=0,
-            label=f"{level} confidence",
-        )  # fmt: skip
-        own.plot(x[order], found.mean[order], color=BLUE, lw=1.8, label="fixed part")
+        own.fill_between(x[order], low[order], high[order], color=BLUE, alpha=0.25, lw=0)
+        own.plot(x[order], found.mean[order], color=BLUE, lw=1.8)
     else:
-        _points(own, found, z, level)
+        _points(own, found, z)
     own.set_xlabel(plain(variable, 40))
     own.set_ylabel(plain(result.endog_name, 40))
-    what = f"Effect of {plain(variable, 40)}"
+    what = f"Effect of {variable}, {level} confidence"
     if found.held:
-        what += f" at {', '.join(found.held)}"
-    entitled(own, plain(what, 100), result.formula)
-    lines_in(own)
+        what += f", at {', '.join(found.held)}"
+    entitled(own, what, result.formula)
     trimmed([own])
     return own
 
 
-def _points(ax: Any, found: Partial, z: float, level: str) -> None:
+def _points(ax: Any, found: Partial, z: float) -> None:
     """A point with its interval for each level; long or many labels stand upright."""
     places = np.arange(len(found.values))
-    ax.errorbar(
-        places, found.mean, yerr=z * found.se, fmt="o", ms=5, color=BLUE, lw=1.4,
-        label=f"fixed part, {level} confidence",
-    )  # fmt: skip
+    ax.errorbar(places, found.mean, yerr=z * found.se, fmt="o", ms=5, color=BLUE, lw=1.4)
     width = float(ax.get_window_extent().width * 72.0 / ax.figure.dpi) / max(len(places), 1)
     labels = told_apart(found.values, 30)
     wrapped = ["\n".join(textwrap.wrap(x, max(int(width / 6.5), 1))) for x in labels]

@@ -271,17 +271,17 @@ def convergence(result: Any, ax: Any) -> Any:
         said(own, "The search kept no evaluations: nothing was searched, or it was not kept.")
         return own
     at = np.arange(1, len(height) + 1)
-    own.axhline(rounding, color=GREY, lw=1.0, ls=":", label="rounding of the criterion")
+    own.axhline(rounding, color=GREY, lw=1.0, ls=":", label="rounding")
     marks = {"ms": 4} if len(at) < 60 else {"ms": 0}
     own.plot(
         at, np.maximum(height, rounding), "o-", color=BLUE, lw=1.4, **marks,
-        label="criterion above its smallest value",
+        label="criterion above its minimum",
     )  # fmt: skip
     formed = np.isfinite(decrement)
     if formed.any():
         own.plot(
             at[formed], np.maximum(decrement[formed], rounding * 1e-6), "D--", color=RED, lw=1.2,
-            **marks, label="Newton decrement: size of the gradient",
+            **marks, label="Newton decrement",
         )  # fmt: skip
     own.set_yscale("log")
     own.xaxis.get_major_locator().set_params(integer=True)
