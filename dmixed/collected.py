@@ -16,6 +16,7 @@ from dmixed.dispatch import find_client
 from dmixed.erasure import has_crossproducts, without
 from dmixed.errors import DataError, NotSupportedError
 from dmixed.evaluation import RemoteMoments
+from dmixed.executor import check_evaluate_on
 from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search
 from dmixed.folders import Folder, check_workers
@@ -336,11 +337,14 @@ def _here(cells: CellMoments | RemoteMoments) -> CellMoments:
 
 
 def _check_disjoint(a: Sequence[SourceState], b: Sequence[SourceState]) -> None:
-    """Refuse two sets of rows that have a file in common."""
-    files = {(x.name, x.size, x.stamp) for state in a for x in state.files}
+    """Refuse two sets of rows that have a file in common, unless by filters that differ."""
+    known = {file.name: state.rows_wanted for state in a for file in state.files}
     for state in b:
         for file in state.files:
-            if (file.name, file.size, file.stamp) in files and not state.rows_wanted:
+            before = known.get(file.name)
+            if before is None:
+                continue
+            if before == state.rows_wanted or not before or not state.rows_wanted:
                 raise DataError(
                     f"both sums are of the file {file.name}: its rows would count twice"
                 )
@@ -429,12 +433,12 @@ class MomentStore:
         Parameters
         ----------
         last
-            how many of `deltas`
+            how many of `deltas`; all of them, if there are not so many
 
         Raises
         ------
         DataError
-            naming what is damaged, or that there are not so many
+            naming what is damaged
         """
         if isinstance(last, bool) or not isinstance(last, int) or last < 1:
             raise DataError(f"last={last!r}: must be a number of additions, at least 1")
@@ -540,7 +544,8 @@ class MomentStore:
         paths
             names of files as in `files`, or the ``name`` of rows that are in no file
         data, storage_options, filters
-            where to read the files again, by default the path at which they were found
+            where to read the files again, by default the path at which they were found. That path
+            is the manifest's word: give ``data`` if you do not trust who wrote the store
         client
             `distributed.Client` to run on
 
@@ -551,6 +556,8 @@ class MomentStore:
         """
         directory = self._changeable()
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        if not given:
+            raise DataError("paths: name the files whose rows are to be taken out")
         names, opener = named(self.deltas, given), Opener(data, storage_options, filters)
         client = find_client(directory.client if client is None else client)
         kept, made = without_files(directory, names, opener, client)
@@ -577,7 +584,8 @@ class MomentStore:
         group
             its label, a tuple of labels, or a dict of key columns and labels
         data, storage_options
-            where to read files again, by default the path at which they were found
+            where to read files again, by default the path at which they were found (as in
+            `remove`)
         client
             `distributed.Client` to run on
 
@@ -664,12 +672,7 @@ def _of_size(cells: CellMoments | RemoteMoments, size: int) -> CellMoments:
             "group be taken out of the sums"
         )
     small = cells.group.counts < size
-    rows = int(cells.group.counts[small].sum())
-    if not rows:
-        return cells
-    left = without(cells, small)
-    reason = f"group of fewer than {size} rows"
-    return replace(left, dropped={**left.dropped, reason: rows})
+    return without(cells, small, f"group of fewer than {size} rows") if small.any() else cells
 
 
 def collect(
@@ -731,6 +734,9 @@ def collect(
     >>> moments.fit().fe_params.round(1).to_dict()
     {'Intercept': 1.0, 'x': 2.1}
     """
+    check_evaluate_on(evaluate_on)
+    if not isinstance(group_crossproducts, bool):
+        raise DataError(f"group_crossproducts={group_crossproducts!r}: must be True or False")
     parsed = _parsed(formula, groups, re_formula, vc_formula, context or {})
     place = placed(storage_options, filters, version, snapshot)
     client = find_client(client)

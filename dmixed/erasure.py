@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dmixed import keys
 from dmixed.blocks import Column
 from dmixed.cellmoments import CellMoments, join, merge, split
+from dmixed.derived import kept
 from dmixed.design import FactorLevels
 from dmixed.errors import DataError
 from dmixed.moments import GroupMoments
@@ -21,7 +22,7 @@ def has_crossproducts(cells: CellMoments) -> bool:
     return len(cells.group.random) == len(cells.group.columns) and cells.spec.weights is None
 
 
-def without(cells: CellMoments, gone: NDArray[np.bool_]) -> CellMoments:
+def without(cells: CellMoments, gone: NDArray[np.bool_], reason: str | None = None) -> CellMoments:
     """Moments of the other cells: the sums over all rows are made anew, nothing is subtracted.
 
     Parameters
@@ -30,13 +31,18 @@ def without(cells: CellMoments, gone: NDArray[np.bool_]) -> CellMoments:
         moments that have cross-products of each cell
     gone
         (N,) which cells to leave out
+    reason
+        why: their rows count as dropped for it; by default they are forgotten
     """
     assert has_crossproducts(cells)
-    kept = np.flatnonzero(~gone)
-    found = cells.take(kept)
-    FtF = found.group.WtF.sum(axis=0)
-    group = replace(found.group, FtF=FtF, plain=FtF)
-    return _met(_divided(replace(found, group=group), cells.sizes))
+    stay = np.flatnonzero(~gone)
+    group = kept(cells.group, stay)
+    found = replace(cells, group=group, labels=cells.labels.take(stay), sizes=())
+    rows = cells.nobs - group.nobs
+    if reason is not None and rows:
+        dropped = {**cells.dropped, reason: cells.dropped.get(reason, 0) + rows}
+        found = replace(found, dropped=dropped)
+    return _met(_divided(found, cells.sizes))
 
 
 def less(whole: CellMoments, part: CellMoments) -> CellMoments:
@@ -124,28 +130,28 @@ def _met(cells: CellMoments) -> CellMoments:
     group = cells.group
     count = dict(zip(group.columns, np.diag(group.unweighted), strict=True))
     met = {column.cell: count[Column(column.cell)] > 0.5 for column in group.columns}
-    kept = [j for j, column in enumerate(group.columns) if met[column.cell]]
+    stay = [j for j, column in enumerate(group.columns) if met[column.cell]]
     levels: dict[str, FactorLevels] = {}
     for name, known in cells.levels.items():
         own = {level for cell, there in met.items() if there for f, level in cell if f == name}
         levels[name] = replace(known, levels=tuple(x for x in known.levels if x in own))
-    if len(kept) < len(group.columns):
-        group = _with_columns(group, kept)
+    if len(stay) < len(group.columns):
+        group = _with_columns(group, stay)
     return replace(cells, group=group, levels=_same(cells.levels, levels))
 
 
-def _with_columns(group: GroupMoments, kept: list[int]) -> GroupMoments:
-    here, place = np.ix_(kept, kept), {j: i for i, j in enumerate(kept)}
+def _with_columns(group: GroupMoments, stay: list[int]) -> GroupMoments:
+    here, place = np.ix_(stay, stay), {j: i for i, j in enumerate(stay)}
     rows = [a for a, j in enumerate(group.random) if j in place]
     FtF = group.FtF[here]
     return replace(
         group,
-        columns=tuple(group.columns[j] for j in kept),
+        columns=tuple(group.columns[j] for j in stay),
         random=tuple(place[group.random[a]] for a in rows),
-        WtF=group.WtF[:, rows][:, :, kept],
+        WtF=group.WtF[:, rows][:, :, stay],
         FtF=FtF,
         plain=FtF if group.plain is group.FtF else group.plain[here],
-        reference=None if group.reference is None else group.reference[:, kept],
+        reference=None if group.reference is None else group.reference[:, stay],
     )
 
 

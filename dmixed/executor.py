@@ -28,7 +28,7 @@ from dmixed.dispatch import (
     persisted,
     unique_key,
 )
-from dmixed.errors import DmixedError, NotSupportedError
+from dmixed.errors import DataError, DmixedError, NotSupportedError
 from dmixed.evaluation import RemoteMoments
 from dmixed.formula.expressions import columns_of
 from dmixed.planning import (
@@ -68,6 +68,12 @@ Tasks of unknown length are moved to idle workers, and here the whole state with
 
 DRIVER = 200 * 10**6
 """Bytes of moments that are brought from a cluster and evaluated in this process."""
+
+
+def check_evaluate_on(evaluate_on: str) -> None:
+    """Refuse a word for where moments are evaluated that is none."""
+    if evaluate_on not in ("auto", "driver", "workers"):
+        raise DataError(f'evaluate_on={evaluate_on!r}: must be "auto", "driver" or "workers"')
 
 
 def collect(

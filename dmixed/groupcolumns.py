@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from dmixed import keys
 from dmixed.blocks import Column, Floats
 from dmixed.cellmoments import CellMoments
-from dmixed.derived import kept
-from dmixed.design import DesignSpec, FactorLevels
+from dmixed.design import DesignSpec
 from dmixed.design.columns import Rows, kind_of
+from dmixed.erasure import has_crossproducts, without
 from dmixed.errors import DataError, NotSupportedError
 from dmixed.formula import parse_terms
 from dmixed.formula.expressions import Name, Node
@@ -144,9 +144,9 @@ def joined(
             )
         bad |= lacks
     if bad.any():
-        stay = np.flatnonzero(~bad[codes])
-        cells = without_groups(cells, stay, "no value to join")
-        known, codes = known.take(stay), codes[stay]
+        gone = bad[codes]
+        cells = _without(cells, gone, "no value to join")
+        known, codes = known.take(np.flatnonzero(~gone)), codes[~gone]
     own_rows = pa.array(codes)
     values = {name: _array(column).take(own_rows) for name, column in found.items()}
     return cells, replace(known, values={**known.values, **values})
@@ -238,32 +238,13 @@ def _named_groups(labels: keys.Labels, which: NDArray[np.bool_]) -> str:
     return f"{':'.join(labels.names)} = {', '.join(shown)}{rest}"
 
 
-def without_groups(cells: CellMoments, stay: NDArray[np.intp], reason: str) -> CellMoments:
-    """Moments of the rows of some cells alone; the other rows count as dropped.
-
-    Raises
-    ------
-    NotSupportedError
-        the sums over all rows cannot be told apart
-    """
-    spec = cells.spec
-    if not spec.group_crossproducts or spec.weights is not None:
+def _without(cells: CellMoments, gone: NDArray[np.bool_], reason: str) -> CellMoments:
+    if not has_crossproducts(cells):
         raise NotSupportedError(
             "groups can be taken out of moments only where all columns are summed by group, "
             "without weights: collect them with group_crossproducts=True"
         )
-    group = kept(cells.group, stay)
-    square = np.diag(group.gram)
-    met = {pair for c, x in zip(group.columns, square, strict=True) if x > 0 for pair in c.cell}
-    levels = {
-        name: FactorLevels(tuple(x for x in f.levels if (name, x) in met), f.categories)
-        for name, f in cells.levels.items()
-    }
-    left = cells.nobs - group.nobs
-    dropped = {**cells.dropped, reason: cells.dropped.get(reason, 0) + left}
-    return replace(
-        cells, group=group, labels=cells.labels.take(stay), levels=levels, dropped=dropped, sizes=()
-    )
+    return without(cells, gone, reason)
 
 
 class _Units:

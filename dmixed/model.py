@@ -21,7 +21,7 @@ from dmixed.design import DesignSpec, carried_names, specify
 from dmixed.dispatch import find_client
 from dmixed.errors import DataError
 from dmixed.evaluation import RemoteMoments
-from dmixed.executor import collect
+from dmixed.executor import check_evaluate_on, collect
 from dmixed.fits import FitsOfModel
 from dmixed.fitting import Search, evaluate
 from dmixed.formula import ParsedFormula, parse, parse_parts
@@ -433,8 +433,7 @@ def lmer(
     )
     if not isinstance(reml, (bool, np.bool_)):
         raise DataError(f"reml={reml!r}: must be True (REML) or False (ML)")
-    if evaluate_on not in ("auto", "driver", "workers"):
-        raise DataError(f'evaluate_on={evaluate_on!r}: must be "auto", "driver" or "workers"')
+    check_evaluate_on(evaluate_on)
     model._evaluate_on = evaluate_on
     model._checkpoint = kept
     (name,) = search_methods(method)

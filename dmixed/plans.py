@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dmixed.dispatch import find_client
-from dmixed.errors import DataError
-from dmixed.executor import DRIVER, plan_pass
+from dmixed.executor import DRIVER, check_evaluate_on, plan_pass
 from dmixed.formula import parse
 from dmixed.markup import page
 from dmixed.model import MixedLM, placed
@@ -162,8 +161,7 @@ def plan(
     DataError
         as `lmer`, of what can be seen without reading the rows
     """
-    if evaluate_on not in ("auto", "driver", "workers"):
-        raise DataError(f'evaluate_on={evaluate_on!r}: must be "auto", "driver" or "workers"')
+    check_evaluate_on(evaluate_on)
     place = placed(storage_options, filters, version, snapshot)
     parsed = parse(formula, context or ())
     model = MixedLM._of(parsed, data, weights, offset, "drop", client, context, place)

@@ -242,6 +242,8 @@ def matching(cells: CellMoments, wanted: Mapping[str, Any]) -> NDArray[np.bool_]
     found = np.ones(len(cells.labels), np.bool_)
     for key, label in wanted.items():
         array = cells.labels.arrays[cells.labels.names.index(key)]
+        if label is None:
+            raise DataError(f"group: None is no label of {key}: rows without one are not used")
         if isinstance(label, Integral) and not _holds(array.type, int(label)):
             return np.zeros_like(found)
         try:

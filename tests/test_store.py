@@ -290,6 +290,7 @@ def test_what_comes_later(days: Days, tmp_path: Path, place: str) -> None:
     store.forget(35)
     assert_same_fit(store, seen[seen.g != 35].assign(x=lambda d: d.x), formula)
     unchanged(store, lambda: store.forget(-1), "there is no group -1")
+    unchanged(store, lambda: store.forget(None), "None is no label of g")
     unchanged(store, lambda: store.append(table().assign(g="a")), "group key 'g' has type")
     store.compact()
     assert_same_fit(store, seen[seen.g != 35], formula)
@@ -330,6 +331,12 @@ def test_arithmetic(days: Days, place: str) -> None:
     assert_same_fit(a + b, days.rows(*days.names[:2]))
     assert (a + b).nobs == a.nobs + b.nobs
     refused(lambda: a + a, "both sums are of the file", "count twice")
+    low, high = (
+        dmixed.collect(FORMULA, days.names[0], filters=[("s", sign, 1)]) for sign in ("<=", ">")
+    )
+    for one, other in ((low, a), (a, low), (low, low)):
+        refused(lambda one=one, other=other: one + other, days.names[0], "count twice")
+    assert_same_fit(low + high, days.rows(days.names[0]))
     refused(lambda: a + dmixed.collect("y ~ x + (1 | g)", days.names[1]), "different models")
     (a + b).save(place)
     store = dmixed.open_moments(place)
@@ -338,6 +345,14 @@ def test_arithmetic(days: Days, place: str) -> None:
     assert_same_fit(store, days.rows())
     store.remove(days.names[0])
     assert_same_fit(store, days.rows(*days.names[1:]))
+
+
+def test_arguments_that_are_not_valid(days: Days) -> None:
+    for options, word in (
+        ({"evaluate_on": "x"}, "evaluate_on='x'"),
+        ({"group_crossproducts": "yes"}, "group_crossproducts='yes'"),
+    ):
+        refused(lambda o=options: dmixed.collect(FORMULA, days.names[0], **o), word)
 
 
 def test_window_and_compact(days: Days, place: str) -> None:
@@ -416,6 +431,7 @@ def test_remove(
     assert_tidy(place)
     unchanged(store, lambda: store.remove(c), c, "not of such a file", a)
     unchanged(store, lambda: store.remove([a, b, d]), "nothing would be left")
+    unchanged(store, lambda: store.remove([]), "paths", "name the files")
     write(Path(b), table(seed=31))
     store.remove(b)  # the other one of the delta is as it was
     assert_same_fit(store, days.rows(a, d), **options)
