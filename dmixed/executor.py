@@ -7,6 +7,7 @@ depends on the data alone add them, shard by shard where they are large; no row 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
@@ -60,6 +61,9 @@ Fewer stay tasks of their own.
 MOMENTS = "dmixed-moments"
 """Name of the tasks of a pass in Dask's dashboard."""
 
+HEAVY = 2**26
+"""Bytes of a task's state from which not too many are to wait for each other."""
+
 PIECE = "split-stage"
 """Name of the tasks that take a shard of a state: one that distributed knows to be short.
 
@@ -109,11 +113,11 @@ def collect(
     numbered = list(zip(parts, _starts(parts), strict=True))
     with _told(report, len(parts), client) as topic:
         read = partial(_parts_moments, spec, plan.expected, topic)
-        tasks = [
-            _task(partial(read, run.start), numbered[run.start : run.stop], MOMENTS)
-            for run in plan.runs
-        ]
-        shards = _shards(tasks, plan)
+
+        def task(run: range, after: Delayed | None) -> Delayed:
+            return _task(partial(read, run.start), numbered[run.start : run.stop], MOMENTS, after)
+
+        shards = _shards(task, plan, _ahead(planned, client))
         if client is None:
             found = compute(shards)
         else:
@@ -151,14 +155,59 @@ def _summary(moments: CellMoments) -> Summary:
     return moments.summary
 
 
-def _shards(tasks: list[Delayed], plan: Layout) -> list[Delayed]:
-    """The sum of all states, shard by shard."""
+def _ahead(plan: PassPlan, client: Any) -> int | None:
+    """Batches of `SPLIT_EVERY` states that may be under way; None for any number.
+
+    A worker that waits for pieces of others to add begins with another state meanwhile, and the
+    pieces wait until it is done: the more rows, the more pieces. What is under way is bounded, but
+    no thread is left without work for it. The sums are the same.
+    """
+    if plan.layout.expected * plan.group_bytes < HEAVY:
+        return None
+    there = {} if client is None else client.nthreads()
+    threads = sum(there.values()) or os.cpu_count() or 1
+    batches = max(1, threads // SPLIT_EVERY)
+    return batches if SPLIT_EVERY * batches % threads == 0 else batches + 1
+
+
+def _nothing(*_: Any) -> None:
+    """What a state waits for: of one shard each where it is, and of all these."""
+
+
+def _nothing_of(tasks: list[Delayed]) -> Delayed:
+    return delayed(_nothing, pure=False)(*tasks, dask_key_name=unique_key(PIECE))
+
+
+def _shards(
+    task: Callable[[range, Delayed | None], Delayed], plan: Layout, ahead: int | None = None
+) -> list[Delayed]:
+    """The sum of all states, shard by shard.
+
+    Parameters
+    ----------
+    task
+        makes the task of a run, which begins after another one
+    ahead
+        batches of states that may be under way
+    """
     if plan.shards == 1:
-        return [_tree(tasks)]
-    states = [_tree(tasks[i : i + plan.bunch]) for i in range(0, len(tasks), plan.bunch)]
-    pieces = [_divided(state, plan.coarse) for state in states]
+        return [_tree([task(run, None) for run in plan.runs])]
+    bunches = [plan.runs[i : i + plan.bunch] for i in range(0, len(plan.runs), plan.bunch)]
     if plan.coarse == plan.shards:
-        return [_tree(list(column)) for column in zip(*pieces, strict=True)]
+        batches: list[list[Delayed]] = []  # of each its shards
+        done: list[Delayed] = []
+        for i in range(0, len(bunches), SPLIT_EVERY):
+            n = len(done)
+            after = None if ahead is None or n < ahead else done[n - ahead]
+            states = [
+                _tree([task(x, after) for x in runs]) for runs in bunches[i : i + SPLIT_EVERY]
+            ]
+            pieces = [_divided(state, plan.coarse) for state in states]
+            batches.append([_tree(list(column)) for column in zip(*pieces, strict=True)])
+            done.append(_nothing_of([_nothing_of([shard]) for shard in batches[-1]]))
+        return [_tree(list(column)) for column in zip(*batches, strict=True)]
+    states = [_tree([task(run, None) for run in runs]) for runs in bunches]
+    pieces = [_divided(state, plan.coarse) for state in states]
     # Too many states times shards: in two stages, as a radix exchange. Runs of states are added
     # coarse shard by coarse shard, which are no larger than a state, and those are divided again.
     fine = plan.shards // plan.coarse
@@ -318,12 +367,20 @@ def _starts(parts: Sequence[Part]) -> list[int]:
     return starts
 
 
-def _task(function: Callable[..., T], parts: Sequence[tuple[Part, int]], name: str) -> Delayed:
-    """Delayed ``function(parts)``, or ``function([part], frame)`` where Dask makes the frame."""
+def _task(
+    function: Callable[..., T],
+    parts: Sequence[tuple[Part, int]],
+    name: str,
+    after: Delayed | None = None,
+) -> Delayed:
+    """Delayed ``function(parts)``, or ``function([part], frame)`` where Dask makes the frame.
+
+    It begins when ``after``, a task that gives None, is done; a frame does not wait.
+    """
     key = unique_key(name)
     frame = parts[0][0].task
     if not isinstance(frame, Delayed):
-        return delayed(partial(function, parts), pure=False)(dask_key_name=key)
+        return delayed(partial(function, parts), pure=False)(after, dask_key_name=key)
     bare = [(replace(part, task=None), row0) for part, row0 in parts]  # the graph stays outside
     return delayed(partial(function, bare), pure=False)(frame, dask_key_name=key)
 
