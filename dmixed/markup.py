@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-CELL = "text-align:left;vertical-align:top"
+CELL, RIGHT = "text-align:left;vertical-align:top", "text-align:right;vertical-align:top"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that are none, or that turn the direction of what follows."""
@@ -57,7 +57,11 @@ def table(
     """
     cells = [list(row) for row in rows]
     left_out = max(len(cells) - shown, 0)
-    edges = ["text-align:right" if name in right else CELL for name in names]
+    numbers = [all(_whole(row[j]) for row in cells) and bool(cells) for j in range(len(names))]
+    edges = [
+        RIGHT if name in right or whole else CELL
+        for name, whole in zip(names, numbers, strict=True)
+    ]
     head = "".join(
         f"<th scope='col' style='{edge}'>{text(name)}</th>"
         for name, edge in zip(names, edges, strict=True)
@@ -76,14 +80,18 @@ def table(
     return f"{top}<tbody>\n{body}</tbody>\n</table>\n"
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _caption(told: str) -> str:
     return f"<caption>{text(told)}</caption>\n" if told else ""
 
 
 def _cell(value: object, edge: str = CELL, head: bool = False) -> str:
     shown = text(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        edge, shown = "text-align:right", f"{value:,}"
+    if _whole(value):
+        edge, shown = RIGHT, f"{value:,}"
     name, scope = ("th", " scope='row'") if head else ("td", "")
     return f"<{name}{scope} style='{edge}'>{shown}</{name}>"
 

@@ -20,6 +20,7 @@ from dmixed.published import SIZE, TABLES, Factor, Pointer, Published
 from dmixed.records import made_record
 from dmixed.report import K
 from dmixed.report.facts import SCHEMA, Changes, Content, Facts, Moved, Provenance, Table
+from dmixed.report.words import counted
 from dmixed.sources.storages import redact
 from dmixed.versions import DRIFT, PROVENANCE, REPORT
 
@@ -232,8 +233,10 @@ def _sentences(drift: _Drift) -> Iterator[str]:
     yield f"Rows used: {drift.rows.used:,}{was}."
     added = drift.added
     yield (
-        f"Added since: {added.rows:,} rows in {added.parts:,} parts of {len(added.files):,} files."
-        + f" Merged, replaced or removed: {added.parts_gone:,} parts." * (added.parts_gone > 0)
+        f"Added since: {added.rows:,} rows in {counted(added.parts, 'part')} of "
+        f"{counted(len(added.files), 'file')}."
+        + f" Merged, replaced or removed: {counted(added.parts_gone, 'part')}."
+        * (added.parts_gone > 0)
     )
 
 

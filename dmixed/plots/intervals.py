@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dmixed.blocks import Floats
-from dmixed.plots.canvas import BLUE, GREY, LABEL, lines_in, new_axes, plain, told_apart, trimmed
+from dmixed.plots.canvas import BLUE, GREY, LABEL, new_axes, plain, told_apart, trimmed
 
 FAR = 30.0
 """Largest interval over the median one from which the axis is compressed."""
@@ -47,7 +47,7 @@ def intervals(
     own.set_yticks(np.arange(m), told_apart(names, LABEL))
     own.set_xlabel(plain(label, 70))
     if len(series) > 1:
-        lines_in(own)
+        own.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False)
     trimmed([own])
     return own
 

@@ -74,7 +74,7 @@ def _provenance(origin: Origin) -> Provenance:
 
 def _source(state: SourceState) -> tuple[Any, ...]:
     sizes = [file.size for file in state.files]
-    size = "" if None in sizes or not sizes else f"{sum(x or 0 for x in sizes):,}"
+    size = "" if None in sizes or not sizes else sum(x or 0 for x in sizes)
     return (
         state.kind,
         redact(state.location) or "in memory",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +16,22 @@ import numpy as np
 from dmixed.blocks import Floats
 from dmixed.plots import blups, residuals, search
 from dmixed.plots.blups import Blups
+from dmixed.plots.canvas import plain
 from dmixed.plots.intervals import intervals
 from dmixed.report import words
 from dmixed.report.facts import LEVEL, Changes, Content, Facts, Moved
 from dmixed.summary import quantile
 
-WIDTH = 5.4
+WIDTH = 4.8
 """Inches. Wide enough for labels, and on a phone, at half the size, still legible."""
+
+ROOM = 46
+"""Characters of a label below a picture."""
 
 SHOWN = 30
 """Estimates in one picture."""
 
-COLUMNS = 3
+COLUMNS = 2
 """Effects of a factor side by side in one picture."""
 
 STYLE = {
@@ -143,7 +148,11 @@ def _effects(facts: Facts, label: str, summary: Blups, number: int) -> Iterator[
             axes = new(height, n)
             blups.drawn(facts, label, some, LEVEL, None, axes)
             for ax, name in zip(np.ravel(axes), some.names, strict=True):
-                ax.set_title(ax.get_title() and name if n > 1 else "", fontsize="medium")
+                ax.set_title(plain(name, ROOM // n) if n > 1 else "", fontsize="medium")
+                label_x = textwrap.wrap(ax.get_xlabel(), ROOM // n, break_on_hyphens=False)
+                ax.set_xlabel("\n".join(label_x))
+                ax.locator_params(axis="x", nbins=7 // n)
+                ax.ticklabel_format(axis="x", scilimits=(-3, 5))
 
         title = f"Random effects by {label}" + (f": {', '.join(some.names)}" if q > 1 else "")
         yield _picture(f"effects-{number}-{start}", title, words.effects(label, some), draw)

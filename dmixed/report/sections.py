@@ -17,6 +17,9 @@ from dmixed.summary import quantile
 INLINE = 3
 """Columns of a bar whose correlations stand beside their variances."""
 
+LONG = 24
+"""Characters from which the heads of rows are wrapped."""
+
 INSTALL = "pip install 'dmixed[plot]'"
 
 _SEVERITIES = "problem", "caution", "note"
@@ -54,7 +57,8 @@ def grid(
     """A table of all rows, whose first cells are their heads."""
     cells = list(rows)
     made = markup.table(names, cells, max(len(cells), 1), caption, heads, right)
-    return box(made, caption)
+    long = any(len(str(x)) > LONG for row in cells for x in row[:heads])
+    return box(made, caption, "long" if long else "")
 
 
 def listed(caption: str, pairs: Iterable[tuple[str, object]]) -> str:
@@ -121,7 +125,9 @@ def _verdict(facts: Facts) -> str:
     told = "The optimum is certified: gradient and curvature were checked where the search ended."
     if facts.singular:
         return paragraph(
-            told, "The fit is singular: some variance is exactly zero.", kind="caution"
+            told,
+            "The fit is singular: a variance is exactly zero, or effects are a combination of others.",
+            kind="caution",
         )
     return paragraph(told, kind="good")
 
@@ -148,7 +154,7 @@ def model(content: Content) -> str:
     ]  # fmt: skip
     found = [
         f'<p><code class="formula">{text(facts.formula)}</code></p>\n',
-        listed("Model", ((x, y) for x, y in pairs if y)),
+        listed("Method, rows and groups", ((x, y) for x, y in pairs if y)),
         grid("Random factors", ("Factor", "Levels"), facts.factors.items()),
     ]
     if dropped:
@@ -163,7 +169,7 @@ def estimates(content: Content, pictures: Pictures) -> str:
     if not facts.fixed:
         return paragraph("The model has no fixed effects.")
     names = "Effect", "Estimate", "Std. error", "z", "p", "Lower 95%", "Upper 95%"
-    made = grid("Fixed effects", names, map(_effect, facts.fixed), names[1:])
+    made = grid("Estimates of the fixed effects", names, map(_effect, facts.fixed), names[1:])
     told = paragraph(
         f"In units of {facts.endog_name} per unit of the column. Tests and limits are of large "
         "samples (normal), given the variances: with few groups they are too optimistic.",
@@ -203,7 +209,14 @@ def variances(content: Content) -> str:
     ]
     shown = [names[j] for j in kept]
     right = {"Levels", "Variance", "95% limits", "Std. dev.", "Share"}
-    found = [grid("Variances", shown, ([row[j] for j in kept] for row in rows), right)]
+    found = [
+        grid(
+            "Variances of the random effects and of the error",
+            shown,
+            ([row[j] for j in kept] for row in rows),
+            right,
+        )
+    ]
     found += [_correlations(x) for x in components if len(x.names) > INLINE]
     fixed, random = facts.explained
     told = [
@@ -366,7 +379,7 @@ def certificate(content: Content, pictures: Pictures) -> str:
     picture = pictures.convergence
     return "".join(
         [
-            grid("Certificate", names, shown, ("Found",)),
+            grid("Conditions of the certificate", names, shown, ("Found",)),
             told,
             listed("Search", ((x, y) for x, y in pairs if y)),
             "" if picture is None else figure(picture),

@@ -60,9 +60,9 @@ def part(summary: Blups, chosen: Sequence[int]) -> Blups:
 def fixed(facts: Facts, shown: Sequence[Effect]) -> str:
     """Estimates of fixed effects with their limits."""
     some = [f"{x.name} {short(x.value)} ({limits(*x.limits)})" for x in shown[:NAMED]]
-    left_out = len(facts.fixed) - len(some)
-    more = f"; the table has {left_out:,} more" if left_out else ""
-    return f"Estimates with 95% limits: {'; '.join(some)}{more}."
+    more = f"; {len(shown) - len(some):,} more are in the table" if len(some) < len(shown) else ""
+    left_out = " The intercept is in the table only." if len(facts.fixed) > len(shown) else ""
+    return f"Estimates with 95% limits: {'; '.join(some)}{more}.{left_out}"
 
 
 def effects(label: str, summary: Blups) -> str:
