@@ -17,9 +17,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udf
 """Characters that are none, or that turn the direction of what follows."""
 
 
+def cleaned(value: object) -> str:
+    """What is shown of a value, on one line; characters that control something do nothing."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(str(value).split()))
+
+
 def text(value: object) -> str:
-    """What is shown of a value, escaped; characters that control something do nothing."""
-    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(str(value).split())))
+    """What is shown of a value, escaped."""
+    return html.escape(cleaned(value))
 
 
 def page(title: str, pairs: Iterable[tuple[str, object]], *more: str) -> str:
@@ -89,11 +94,11 @@ def _caption(told: str) -> str:
 
 
 def _cell(value: object, edge: str = CELL, head: bool = False) -> str:
-    shown = text(value)
+    told = text(value)
     if _whole(value):
-        edge, shown = RIGHT, f"{value:,}"
+        edge, told = RIGHT, f"{value:,}"
     name, scope = ("th", " scope='row'") if head else ("td", "")
-    return f"<{name}{scope} style='{edge}'>{shown}</{name}>"
+    return f"<{name}{scope} style='{edge}'>{told}</{name}>"
 
 
 def counted(rows: int, dropped: Iterable[tuple[str, int]]) -> str:

@@ -98,9 +98,7 @@ def place_of(out: str | os.PathLike[str], force: bool) -> tuple[Folder, str]:
     whole = Folder.at(out)
     above, _, name = whole.location.rpartition("/")
     folder = Folder(whole.name.rpartition("/")[0] or ("/" if above == "" else "."), above or "/")
-    if not name:
-        raise DataError(f"{whole.name}: is a directory; give the name of a file")
-    if os.path.isdir(whole.location):
+    if os.fspath(out).endswith(("/", os.sep)) or os.path.isdir(whole.location):
         raise DataError(f"{whole.name}: is a directory; give the name of a file")
     if not force and folder.size(name) is not None:
         raise _there(whole.name)

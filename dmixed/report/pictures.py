@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dmixed.blocks import Floats
+from dmixed.markup import cleaned
 from dmixed.plots import blups, residuals, search
 from dmixed.plots.blups import Blups
 from dmixed.plots.canvas import plain
@@ -25,8 +26,8 @@ from dmixed.summary import quantile
 WIDTH = 4.8
 """Inches. Wide enough for labels, and on a phone, at half the size, still legible."""
 
-ROOM = 46
-"""Characters of a label below a picture."""
+ROOM = 52
+"""Characters in a line as wide as a picture."""
 
 SHOWN = 30
 """Estimates in one picture."""
@@ -147,15 +148,21 @@ def _effects(facts: Facts, label: str, summary: Blups, number: int) -> Iterator[
             n = len(some.names)
             axes = new(height, n)
             blups.drawn(facts, label, some, LEVEL, None, axes)
+            room = int((ROOM - 0.8 * max(map(len, [label, *_ticks(axes)]))) / n)
             for ax, name in zip(np.ravel(axes), some.names, strict=True):
-                ax.set_title(plain(name, ROOM // n) if n > 1 else "", fontsize="medium")
-                label_x = textwrap.wrap(ax.get_xlabel(), ROOM // n, break_on_hyphens=False)
+                ax.set_title(plain(name, room) if n > 1 else "", fontsize="medium")
+                label_x = textwrap.wrap(ax.get_xlabel(), room, break_on_hyphens=False)
                 ax.set_xlabel("\n".join(label_x))
                 ax.locator_params(axis="x", nbins=7 // n)
                 ax.ticklabel_format(axis="x", scilimits=(-3, 5))
 
         title = f"Random effects by {label}" + (f": {', '.join(some.names)}" if q > 1 else "")
         yield _picture(f"effects-{number}-{start}", title, words.effects(label, some), draw)
+
+
+def _ticks(axes: Any) -> list[str]:
+    """Labels along the first of some Axes."""
+    return [x.get_text() for x in np.ravel(axes)[0].get_yticklabels()]
 
 
 def _residuals(facts: Facts, found: residuals.Residuals) -> Iterator[Picture]:
@@ -276,5 +283,5 @@ def element(svg: str, name: str, seen: str) -> str:
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.set("role", "img")
-    root.set("aria-label", seen)
+    root.set("aria-label", cleaned(seen))
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)

@@ -126,7 +126,7 @@ def _verdict(facts: Facts) -> str:
     if facts.singular:
         return paragraph(
             told,
-            "The fit is singular: a variance is exactly zero, or effects are a combination of others.",
+            "The fit is singular: a variance is exactly zero, or effects depend on others.",
             kind="caution",
         )
     return paragraph(told, kind="good")
