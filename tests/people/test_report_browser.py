@@ -167,6 +167,21 @@ def test_pictures_have_legible_texts(chromium: Any, report: Path) -> None:
     assert [x for x in found if len(x[0].strip()) > 1 and x[1] < 7.0] == []
 
 
+def _unsure(response: dict[str, Any]) -> list[str]:
+    """Beginnings of the elements outside of pictures of which axe could not tell.
+
+    It does not judge a single character, nor what the heads of rows lie over when tables scroll.
+    """
+    found = []
+    for rule in response["incomplete"]:
+        for node in rule["nodes"]:
+            why = {check["data"].get("messageKey") for check in node["any"] if check["data"]}
+            of_picture = node["html"].startswith(("<text", "<tspan"))
+            if rule["id"] != "color-contrast" or not (of_picture or why & {"shortTextContent"}):
+                found.append(node["html"][:3])
+    return found
+
+
 def _only(page: Any) -> list[dict[str, Any]]:
     """Violations of two rules."""
     from axe_playwright_python.sync_playwright import Axe
@@ -187,12 +202,11 @@ def test_accessible(chromium: Any, report: Path, width: int, scheme: str) -> Non
         found = Axe().run(opened.page, options=every)
         assert found.violations_count == 0, found.generate_report()
         passed = {x["id"]: len(x["nodes"]) for x in found.response["passes"]}
-        unsure = {x["id"] for x in found.response["incomplete"]}
-        assert passed["color-contrast"] > 100
-        assert "color-contrast" not in unsure
+        assert passed["color-contrast"] > 200
+        assert set(_unsure(found.response)) <= ({"<td", "<th"} if width == 360 else set())
         for rule in ("document-title", "html-has-lang", "heading-order", "svg-img-alt", "region"):
             assert passed[rule] > 0, rule
-        opened.page.evaluate("document.querySelector('h2').style.color = '#888'")
+        opened.page.evaluate("document.querySelector('main p').style.color = '#777'")
         opened.page.evaluate("document.querySelector('svg').removeAttribute('aria-label')")
         again = {x["id"] for x in _only(opened.page)}
         assert again == {"color-contrast", "svg-img-alt"}
