@@ -17,7 +17,7 @@ import typer
 
 import dmixed
 from dmixed import example
-from dmixed.commands import moments
+from dmixed.commands import moments, report
 from dmixed.commands.refit import EPILOG as refit_status
 from dmixed.commands.refit import refit
 from dmixed.commands.shared import (
@@ -272,6 +272,7 @@ def demo(out: Out = None) -> None:
 
 
 app.command(epilog=refit_status)(refit)
+app.command(epilog=report.EPILOG)(report.report)
 app.add_typer(moments.app, name="moments")
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from dmixed.errors import DataError, DmixedError
 from dmixed.folders import Folder
 from dmixed.formula import ParsedFormula, Words, parse, parse_parts
 from dmixed.formula.expressions import Call, walk
-from dmixed.provenance import SourceState
+from dmixed.provenance import SourceState, library_versions
 from dmixed.records import TableFile, made_record, record_bytes
 
 SCHEMA = "dmixed-moments/2"
@@ -180,10 +179,7 @@ def manifest_of(spec: DesignSpec, deltas: Sequence[Delta], number: int = 1) -> M
     return Manifest(
         schema=SCHEMA,
         version=number,
-        versions={
-            "python": platform.python_version(),
-            **{x: version(x) for x in ("dmixed", "numpy", "scipy", "pandas", "pyarrow")},
-        },
+        versions=library_versions(),
         machine=platform.machine(),
         formula=formula.text,
         words=formula.words,

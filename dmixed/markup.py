@@ -7,42 +7,98 @@ but of an edge, so that notebooks may be dark.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-CELL = "text-align:left;vertical-align:top"
+CELL, RIGHT = "text-align:left;vertical-align:top", "text-align:right;vertical-align:top"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that are none, or that turn the direction of what follows."""
+
+
+def cleaned(value: object) -> str:
+    """What is shown of a value, on one line; characters that control something do nothing."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(str(value).split()))
+
+
+def text(value: object) -> str:
+    """What is shown of a value, escaped."""
+    return html.escape(cleaned(value))
 
 
 def page(title: str, pairs: Iterable[tuple[str, object]], *more: str) -> str:
     """A title, a table of labels and values, and whatever HTML comes after it."""
+    top = f"<div>\n<p><strong>{text(title)}</strong></p>\n"
+    return f"{top}{pairs_table(pairs)}{''.join(more)}</div>\n"
+
+
+def pairs_table(pairs: Iterable[tuple[str, object]], caption: str = "") -> str:
+    """A table of labels and values."""
     rows = "".join(
-        f"<tr><th scope='row' style='{CELL}'>{html.escape(label)}</th>"
-        f"<td style='{CELL}'>{html.escape(str(value))}</td></tr>\n"
+        f"<tr><th scope='row' style='{CELL}'>{text(label)}</th>"
+        f"<td style='{CELL}'>{text(value)}</td></tr>\n"
         for label, value in pairs
     )
-    return (
-        f"<div>\n<p><strong>{html.escape(title)}</strong></p>\n"
-        f"<table>\n{rows}</table>\n{''.join(more)}</div>\n"
-    )
+    return f"<table>\n{_caption(caption)}{rows}</table>\n"
 
 
 def table(
-    names: Sequence[str], rows: Iterable[Sequence[object]], shown: int = 20, caption: str = ""
+    names: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    shown: int = 20,
+    caption: str = "",
+    heads: int = 0,
+    right: Collection[str] = (),
 ) -> str:
-    """A table of cells, numbers to the right; of many rows the last, and how many there are."""
+    """A table of cells, numbers to the right; of many rows the last, and how many there are.
+
+    Parameters
+    ----------
+    heads
+        the first so many cells of a row are its head
+    right
+        names of columns of numbers that are text
+    """
     cells = [list(row) for row in rows]
     left_out = max(len(cells) - shown, 0)
-    head = "".join(f"<th scope='col' style='{CELL}'>{html.escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in cells[left_out:])
-    text = caption + (f" (the last {shown} of {len(cells):,})" if left_out else "")
-    top = f"<caption>{html.escape(text)}</caption>\n" if text else ""
-    return f"<table>\n{top}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+    numbers = [all(_whole(row[j]) for row in cells) and bool(cells) for j in range(len(names))]
+    edges = [
+        RIGHT if name in right or whole else CELL
+        for name, whole in zip(names, numbers, strict=True)
+    ]
+    head = "".join(
+        f"<th scope='col' style='{edge}'>{text(name)}</th>"
+        for name, edge in zip(names, edges, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            _cell(value, edge, i < heads)
+            for i, (value, edge) in enumerate(zip(row, edges, strict=True))
+        )
+        + "</tr>\n"
+        for row in cells[left_out:]
+    )
+    told = caption + (f" (the last {shown} of {len(cells):,})" if left_out else "")
+    top = f"<table>\n{_caption(told)}<thead><tr>{head}</tr></thead>\n"
+    return f"{top}<tbody>\n{body}</tbody>\n</table>\n"
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"<td style='text-align:right'>{value:,}</td>"
-    return f"<td style='{CELL}'>{html.escape(str(value))}</td>"
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _caption(told: str) -> str:
+    return f"<caption>{text(told)}</caption>\n" if told else ""
+
+
+def _cell(value: object, edge: str = CELL, head: bool = False) -> str:
+    told = text(value)
+    if _whole(value):
+        edge, told = RIGHT, f"{value:,}"
+    name, scope = ("th", " scope='row'") if head else ("td", "")
+    return f"<{name}{scope} style='{edge}'>{told}</{name}>"
 
 
 def counted(rows: int, dropped: Iterable[tuple[str, int]]) -> str:

@@ -61,6 +61,7 @@ def write(
     moments: CellMoments | RemoteMoments,
     sources: Sequence[SourceState] = (),
     number: int = 1,
+    created: str | None = None,
 ) -> Manifest:
     """Write moments as the only ones of a directory.
 
@@ -68,6 +69,8 @@ def write(
     ----------
     number
         of the state that the directory has then
+    created
+        see `write_delta`
 
     Raises
     ------
@@ -78,7 +81,7 @@ def write(
         it cannot be written
     """
     refuse_own_functions(moments.spec.formula, moments.spec.context)
-    delta = write_delta(folder, moments, sources)
+    delta = write_delta(folder, moments, sources, created)
     manifest = manifest_of(moments.spec, [delta], number)
     commit_or_clean(folder, manifest, [delta])
     return manifest

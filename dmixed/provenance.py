@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
+from dmixed.errors import DataError
 from dmixed.sources import Fingerprint, Source
 
 SHOWN = 3
@@ -40,6 +44,40 @@ class SourceState:
     declared: str
     snapshot: str | None
     files: tuple[Fingerprint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a fit comes from.
+
+    Attributes
+    ----------
+    created
+        when it was made, ISO 8601, UTC
+    versions, machine
+        of the libraries that made it, and the architecture
+    sources
+        rows that it is of; none where that is not known
+    """
+
+    created: str
+    versions: dict[str, str]
+    machine: str
+    sources: tuple[SourceState, ...]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that numbers depend on."""
+    names = "dmixed", "numpy", "scipy", "pandas", "pyarrow"
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def states_of(source: Source | None) -> tuple[SourceState, ...]:
+    """State of the rows of a fit; without one, or where its files are gone, none."""
+    if source is not None:
+        with suppress(DataError, OSError):
+            return (source_state(source),)
+    return ()
 
 
 def source_state(source: Source) -> SourceState:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dmixed import storage
+from dmixed import report, storage
 from dmixed.diagnosis import Diagnosis, diagnose
 from dmixed.folded import FoldedEffects, fold
 from dmixed.notes import fit_notes
 from dmixed.params import MixedLMParams
 from dmixed.plots import Plots
 from dmixed.predicted import Predicted
+from dmixed.provenance import Origin, library_versions, states_of
 from dmixed.summary import Summary, summarise
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _called(data: Any) -> str:
+    """What a report calls some rows."""
+    return str(data) if isinstance(data, str | os.PathLike) else "the rows that were given"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +43,8 @@ class MixedLMResults(Predicted):
     _model: Any = field(repr=False, default=None)
     _history: tuple[Any, ...] | None = field(repr=False, default=None)
     _given: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    _loaded: Origin | None = field(repr=False, default=None)
+    _created: str = field(repr=False, default_factory=_now)
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the rows, the connection and what is cheap to compute again."""
@@ -43,6 +57,8 @@ class MixedLMResults(Predicted):
             "_model": None,
             "_history": self._history,
             "_given": {"use_sqrt": self.use_sqrt},
+            "_loaded": self._loaded,
+            "_created": self._created,
         }
 
     def __copy__(self) -> MixedLMResults:
@@ -92,8 +108,17 @@ class MixedLMResults(Predicted):
         """One dictionary on how the optimum was found, after ``fit(full_output=True)``."""
         return None if self._history is None else [dict(x) for x in self._history]
 
+    @property
+    def _origin(self) -> Origin:
+        """When it was made, with what, and of which rows."""
+        if self._loaded is not None:
+            return self._loaded
+        states = states_of(self._source)
+        return Origin(self._created, library_versions(), platform.machine(), states)
+
     def remove_data(self) -> None:
         """Forget the rows: what needs them again raises, everything else stays."""
+        object.__setattr__(self, "_loaded", self._origin)
         object.__setattr__(self, "_source", None)
         object.__setattr__(self, "_model", None)
         for name in ("_rows", "plot"):
@@ -211,6 +236,50 @@ class MixedLMResults(Predicted):
         """
         return diagnose(self, self.plot._own_residuals if residuals else None)
 
+    def report(
+        self,
+        out: str | os.PathLike[str],
+        data: Any = None,
+        *,
+        residuals: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Write a page of HTML for those who must judge the fit and show it.
+
+        It has the model, estimates with intervals, the decomposition of the variance, random
+        effects, diagnostics, the certificate of the search, and where the data come from. The file
+        needs nothing else; its pictures need matplotlib (``pip install 'dmixed[plot]'``), without
+        which it says what they would show.
+
+        Parameters
+        ----------
+        out
+            path or URI of the file
+        data
+            rows with all columns of the model, whose residuals are looked at, in one pass
+        residuals
+            look at those of the rows of the fit, which are read again
+        storage_options
+            for fsspec, with a URI of data
+        force
+            write over a file that is there
+
+        Raises
+        ------
+        DataError
+            there is something at ``out`` already, or the data are not rows of the model
+        OSError
+            it cannot be written; nothing is left behind
+        """
+        place = report.place_of(out, force)
+        found, rows = None, ""
+        if data is not None:
+            found, rows = self.plot._residuals(data, storage_options), _called(data)
+        elif residuals:
+            found, rows = self.plot._own_residuals, "the rows of the fit"
+        report.write(report.report_html(report.content_of(self, found, rows)), place, force)
+
     def __str__(self) -> str:
         return str(self.summary())
 
@@ -238,8 +307,8 @@ class MixedLMResults(Predicted):
         """
         if remove_data:
             self.remove_data()
-        kept = storage.Stored(self._prepared, self._estimates, self._names, self._history)
-        storage.save(kept, path)
+        kept = (self._prepared, self._estimates, self._names, self._history, self._origin)
+        storage.save(storage.Stored(*kept), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MixedLMResults:
@@ -253,7 +322,11 @@ class MixedLMResults(Predicted):
             naming the file that is missing, damaged, or of another version
         """
         found = storage.load(path)
-        return cls(found.prepared, found.estimates, found.names, _history=found.history)
+        return cls(
+            *(found.prepared, found.estimates, found.names),
+            _history=found.history,
+            _loaded=found.origin,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the random effects as plain Python values, ready for JSON."""

@@ -23,6 +23,7 @@ from dmixed.fitting import Estimates
 from dmixed.folders import Folder
 from dmixed.naming import Names
 from dmixed.preparation import Prepared, prepare
+from dmixed.provenance import Origin
 from dmixed.records import made_record, new_directory, record_bytes, record_checksum
 
 SCHEMA = "dmixed-stored-result/2"
@@ -37,12 +38,16 @@ OTHER = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a result is made of, see `MixedLMResults`; ``history`` after ``full_output=True``."""
+    """What a result is made of, see `MixedLMResults`; ``history`` after ``full_output=True``.
+
+    ``origin`` is that of the fit.
+    """
 
     prepared: Prepared
     estimates: Estimates
     names: Names
     history: tuple[dict[str, Any], ...] | None
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,8 @@ def save(result: Stored, path: str | os.PathLike[str]) -> None:
     _estimates(result.estimates, result.prepared, str(path))
     with new_directory(_local(path), RESULT) as staging:
         folder = Folder.at(staging)
-        manifest = momentstore.write(folder, moments)
+        origin = result.origin
+        manifest = momentstore.write(folder, moments, origin.sources, created=origin.created)
         record = _Record(
             schema=SCHEMA,
             moments=record_checksum(manifest),
@@ -137,7 +143,10 @@ def load(path: str | os.PathLike[str]) -> Stored:
         if given is not None and len(given) != wanted:
             raise DataError(f"{file}: names: there are {len(given)}, the model has {wanted}")
     history = None if record.history is None else tuple(map(_entry, record.history))
-    return Stored(prepared, _estimates(record.estimates, prepared, file), names, history)
+    origin = Origin(
+        manifest.deltas[0].created, manifest.versions, manifest.machine, manifest.sources
+    )
+    return Stored(prepared, _estimates(record.estimates, prepared, file), names, history, origin)
 
 
 def _entry(search: _Search) -> dict[str, Any]:

@@ -14,12 +14,15 @@ from dmixed.inference.score import ScoreTest
 from dmixed.jobs import Job
 from dmixed.places import MANIFEST
 from dmixed.published import SIZE, TABLES, VERSION_SCHEMA, Factor, Published, Version
+from dmixed.records import record_bytes
 from dmixed.refitting import labels_of
+from dmixed.report.facts import facts_of
 from dmixed.resultfiles import RESULT, json_bytes, result_json
 from dmixed.results import MixedLMResults
 from dmixed.turnover import factors_of, turnover_of
 
 DRIFT, DRIFT_TEXT, PROVENANCE = "drift.json", "drift.txt", "provenance.json"
+REPORT = "report.json"
 
 _PLACES = "data", "store", "publish"
 
@@ -78,6 +81,7 @@ def write_version(state: State, fit: Refitted) -> Version:
     attempt.put(DRIFT, json_bytes(drift_record(drift, limit)))
     attempt.put(DRIFT_TEXT, drift_text(drift, limit).encode())
     attempt.put(PROVENANCE, json_bytes(_provenance(state)))
+    attempt.put(REPORT, record_bytes(facts_of(result)))
     return state.published.add(
         Version(
             schema=VERSION_SCHEMA,

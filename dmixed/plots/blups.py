@@ -179,6 +179,13 @@ def summarised(
     return label, blups_of(tables[label], k, effects)
 
 
+def all_summaries(result: Any, k: int) -> dict[str, Blups]:
+    """Summary of the effects of every factor, by its label."""
+    if result._prepared.shards:
+        return dict([summarised(result, None, None, k)])
+    return {label: blups_of(table, k, None) for label, table in result._effect_tables(True)}
+
+
 def _known(factor: str | None, labels: list[str]) -> str:
     if factor is None:
         return labels[0]
@@ -200,13 +207,17 @@ def caterpillar(
     ax: Any,
 ) -> Any:
     """Axes with the effects of a factor's levels, see `Plots.caterpillar`."""
-    z = quantile(alpha)
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise DataError(f"k={k!r}: must be a number of levels, at least 1")
-    label, blups = summarised(result, factor, effects, int(k))
+    return drawn(result, *summarised(result, factor, effects, int(k)), alpha, strip, ax)
+
+
+def drawn(result: Any, label: str, blups: Blups, alpha: float, strip: bool | None, ax: Any) -> Any:
+    """Axes with a summary of the effects of a factor of that label."""
+    z = quantile(alpha)
     as_strip = blups.total > STRIP if strip is None else bool(strip)
     q = len(blups.names)
-    rows = min(blups.total, 2 * k + 1)
+    rows = min(blups.total, 2 * blups.k + 1)
     height = 4.8 if as_strip else max(2.6, min(4.8, 1.6 + 0.17 * rows), 1.2 + 0.14 * rows)
     width = 6.4 if q == 1 else min(3.2 * q + 0.8, 16.0)
     axes = new_axes(ax, (1, q), (width, height))

@@ -55,16 +55,22 @@ class Residuals:
         fitted values, and roots of the size of the standardised residuals
     alone
         standardised residuals, much finer
+    weighted
+        whether rows have weights
     """
 
     fitted: Binned
     size: Binned
     alone: Binned
+    weighted: bool = False
 
     def __add__(self, other: Residuals) -> Residuals:
         """Of the rows of both."""
         return Residuals(
-            self.fitted + other.fitted, self.size + other.size, self.alone + other.alone
+            self.fitted + other.fitted,
+            self.size + other.size,
+            self.alone + other.alone,
+            self.weighted or other.weighted,
         )
 
     def beyond(self, size: float) -> int:
@@ -84,7 +90,10 @@ def part_residuals(
     points = np.column_stack([fitted[kept], resid[kept]])
     size = np.column_stack([points[:, 0], np.sqrt(np.abs(points[:, 1]))])
     return Residuals(
-        Binned.of(points, JOINT), Binned.of(size, JOINT), Binned.of(points[:, 1:], (FINE,))
+        Binned.of(points, JOINT),
+        Binned.of(size, JOINT),
+        Binned.of(points[:, 1:], (FINE,)),
+        weights is not None,
     )
 
 
@@ -124,9 +133,8 @@ def against_fitted(result: Any, found: Residuals, ax: Any) -> Any:
     x, y = trend(found.fitted, points[:, 1] * unit)
     own.plot(x, y, color=RED, lw=1.8, path_effects=cased(), label="mean")
     y_name = plain(result.endog_name, 30)
-    weighted = result._prepared.design.spec.weights is not None
     own.set_xlabel(f"fitted {y_name}")
-    own.set_ylabel(f"residual {y_name}" + (", times root weight" if weighted else ""))
+    own.set_ylabel(f"residual {y_name}" + (", times root weight" if found.weighted else ""))
     entitled(own, f"Residuals of {found.alone.total:,} rows", result.formula)
     lines_in(own)
     trimmed([own])
