@@ -17,6 +17,7 @@ from dmixed.notes import fit_notes
 from dmixed.params import MixedLMParams
 from dmixed.plots import Plots
 from dmixed.predicted import Predicted
+from dmixed.publication import PublicationColumn, publication_column
 from dmixed.summary import Summary, summarise
 
 
@@ -210,6 +211,15 @@ class MixedLMResults(Predicted):
         findings, the gravest first; prints as text, and as HTML in notebooks
         """
         return diagnose(self, self.plot._own_residuals if residuals else None)
+
+    def to_maketables(self) -> PublicationColumn:
+        """A column of a publication table: ``maketables.ETable([a.to_maketables(), ...])``.
+
+        Fixed effects with tests as in ``summary()``; standard deviations and correlations of the
+        random effects, levels, rows, method and criteria as statistics below. A statistic that
+        there is not (AIC under REML) is left out. maketables is not needed to make it.
+        """
+        return publication_column(self)
 
     def __str__(self) -> str:
         return str(self.summary())
