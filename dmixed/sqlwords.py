@@ -329,6 +329,15 @@ def _exp(x: Sql) -> Sql:
     return cases([(high, words().null()), (low, number(0.0))], call("exp", x))
 
 
+def _expm1(x: Sql) -> Sql:
+    """With all digits where x is small (Kahan): (e - 1) x / log e with e = exp(x)."""
+    e, one = _exp(x), number(1.0)
+    less = binary("-", e, one)
+    near = binary("<", call("abs", x), number(0.5))
+    ratio = binary("/", binary("*", less, x), call("ln", e))
+    return cases([(binary("==", e, one), x), (near, ratio)], less)
+
+
 def _log1p(x: Sql) -> Sql:
     """With all digits where x is small (Kahan): x log(1 + x) / ((1 + x) - 1)."""
     above = binary("+", number(1.0), x)
@@ -424,6 +433,7 @@ _FUNCTIONS: dict[str, Callable[..., Sql]] = {
     "log10": _log(math.log(10.0)),
     "log1p": _log1p,
     "exp": _exp,
+    "expm1": _expm1,
     "exp2": _base(2.0),
     "exp10": _base(10.0),
     "sqrt": lambda x: cases([(binary(">=", x, number(0.0)), call("sqrt", x))]),

@@ -129,7 +129,8 @@ def test_predictions_are_the_same(formula: str) -> None:
 
 
 EXPRESSIONS = [
-    "log(z)", "log2(z)", "log10(z)", "log1p(z - 0.5)", "exp(z)", "exp2(z)", "exp10(z)", "sqrt(z)",
+    "log(z)", "log2(z)", "log10(z)", "log1p(z - 0.5)", "log1p(z / 1e9)", "expm1(z / 1e9)",
+    "expm1(x)", "exp(z)", "exp2(z)", "exp10(z)", "sqrt(z)",
     "cbrt(x)", "square(x)", "reciprocal(z)", "1 / z", "z ** 0.5", "z ** -0.5", "z ** -2",
     "z ** 1.5", "abs(x - 3)", "sign(x - 3)", "floor(x)", "ceil(x)", "trunc(x)", "rint(x * 2)",
     "round(x)", "round(x, 2)", "round(100 * x, -1)", "sin(x)", "cos(x)", "tan(z / 4)",
@@ -154,7 +155,7 @@ def test_every_word_is_written_or_refused() -> None:
     two = {n for n, e in ELEMENTWISE.items() if e.arguments[0] == 2}
     data, refused = rows(0), set()
     for name in sorted(one | two):
-        second = "2" if "div" in name or "mod" in name or "power" in name else "z"
+        second = "2" if any(x in name for x in ("div", "mod", "rem", "power")) else "z"
         inner = "z / 5 - 0.01" if name in ("arctanh", "atanh") else "z / 5"
         inner = "z + 1" if name in ("arccosh", "acosh") else inner
         inner = f"{inner}, {second}" if name in two else inner
@@ -163,12 +164,11 @@ def test_every_word_is_written_or_refused() -> None:
         try:
             result.to_sql("duckdb")
         except NotSupportedError as error:
-            assert text.split("(")[0] in str(error)
-            refused.add(name)
+            refused.add(name if name in str(error) else text)
             continue
         check(result, data.head(40))
     assert refused == {
-        "acosh", "arccosh", "arcsinh", "arctanh", "asinh", "atanh", "copysign", "expm1", "fmax",
+        "acosh", "arccosh", "arcsinh", "arctanh", "asinh", "atanh", "copysign", "fmax",
         "fmin", "fmod", "heaviside", "logaddexp", "logaddexp2", "logical_xor",
     }  # fmt: skip
 
@@ -235,7 +235,7 @@ def test_names_from_anywhere() -> None:
     nasty = 'x"; DROP TABLE new_data; --'
     data = rows(0).rename(columns={"x": nasty, "z": "a b'c", "g": 'key "1"'})
     data["f"] = data["f"].replace("a", "'; DROP TABLE new_data; --")
-    formula = f"y ~ `{nasty}` * f + log(`a b'c`) + (1 + `{nasty}` | `key \"1\"`)"
+    formula = f'y ~ `{nasty}` * f + log(`a b\'c`) + (1 + `{nasty}` | `key "1"`)'
     check(dmixed.lmer(formula, data), data)
     result = dmixed.lmer(formula, data)
     sql = result.to_sql("duckdb", table='t"; DROP', effects='r"; DROP')
