@@ -200,8 +200,7 @@ class Effects:
             shown = [f"se({name})" for name in names]
             columns |= dict(zip(shown, np.sqrt(np.maximum(square, 0.0)).T, strict=True))
         columns["rows" if "rows" not in columns else "rows of the level"] = rows
-        taken = set(columns)
-        key = [f"group {name}" if name in taken else name for name in labels.names]
+        key = _apart(labels.names, set(columns))
         return pa.table({**dict(zip(key, labels.arrays, strict=True)), **columns})
 
     def _level_sizes(self, i: int, copies: bool = False) -> Index:
@@ -252,6 +251,19 @@ class Effects:
             or set(labels.names) == names)
             for labels, term in zip(self.prepared.levels, self.prepared.problem.terms, strict=True)
         )  # fmt: skip
+
+
+def key_columns(keys: Sequence[str], effects: Sequence[str], condvar: bool) -> tuple[str, ...]:
+    """Names of the key columns in the table of the effects of a factor, see `Effects.table`."""
+    shown = [f"se({name})" for name in effects] if condvar else []
+    return tuple(_apart(keys, {*effects, *shown, "rows", *_ROWS_TOO[: "rows" in effects]}))
+
+
+_ROWS_TOO = ("rows of the level",)
+
+
+def _apart(keys: Sequence[str], taken: set[str]) -> list[str]:
+    return [f"group {name}" if name in taken else name for name in keys]
 
 
 class ByLabel(dict[Any, Any]):

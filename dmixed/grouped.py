@@ -166,8 +166,15 @@ class Grouped(Tested):
         variances = (
             effect_variances(prepared.problem, found.root, found.sigma2) if condvar else None
         )
+        for label, (own_blocks, columns) in self._effect_columns().items():
+            shown = [name for names in columns for name in names]
+            yield label, self._effects.table(own_blocks, shown, self._modes, variances)
+
+    def _effect_columns(self) -> dict[str, tuple[list[int], list[list[str]]]]:
+        """For each factor and component its blocks, and the names of their columns."""
+        prepared = self._prepared
         blocks: dict[str, list[int]] = {}
-        columns: dict[str, list[str]] = {}
+        columns: dict[str, list[list[str]]] = {}
         names = iter(self._column_names)
         for block, bar in enumerate(prepared.bars):
             label = bar.label
@@ -175,11 +182,13 @@ class Grouped(Tested):
                 label = ":".join(prepared.levels[prepared.members(block)[0]].names)
             blocks.setdefault(label, []).append(block)
             own = [next(names) for _ in bar.names] if bar.component is None else [bar.label]
-            columns.setdefault(label, []).extend(map(str, own))
-        for label, own_blocks in blocks.items():
-            shown = columns[label]
-            shown = self._told_apart(label) if len(set(shown)) < len(shown) else shown
-            yield label, self._effects.table(own_blocks, shown, self._modes, variances)
+            columns.setdefault(label, []).append(list(map(str, own)))
+        for label, found in columns.items():
+            shown = [name for own in found for name in own]
+            if len(set(shown)) < len(shown):
+                apart = iter(self._told_apart(label))
+                columns[label] = [[next(apart) for _ in own] for own in found]
+        return {label: (blocks[label], columns[label]) for label in blocks}
 
     def _block_order(self, block: int) -> NDArray[np.intp]:
         if self._prepared.bars[block].component is not None:

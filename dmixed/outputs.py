@@ -197,6 +197,11 @@ def _predicted(job: Job, lookup: Lookup | None, part: Part, value: Any, number: 
     return job.predictor(lookup, load(part, value), part.name)
 
 
+def _read(job: Job, source: Source) -> tuple[str, ...]:
+    """Data columns to read; one where none is needed, since rows without columns have no number."""
+    return job.columns or tuple(source.columns[:1])
+
+
 def _all(job: Job, lookup: Lookup | None, parts: Sequence[Part], client: Any) -> list[Predicted]:
     found = compute(_tasks(_predicted, job, lookup, parts, client), client)
     if job.predictor.new_groups == "error":
@@ -217,7 +222,7 @@ def collected(
     DataError
         with ``new_groups="error"``: the first group that is not known, and how many rows
     """
-    found = _all(job, lookup, source.parts(job.predictor.columns), client)
+    found = _all(job, lookup, source.parts(_read(job, source)), client)
     values = np.concatenate([part.values for part in found])
     index = source.index()
     names = list(job.names or job.predictor.names)
@@ -229,7 +234,7 @@ def with_columns(
     job: Job, lookup: Lookup | None, source: Source, client: Any = None
 ) -> pd.DataFrame:
     """Rows of a source in memory with their numbers."""
-    parts = source.parts(job.columns)
+    parts = source.parts(_read(job, source))
     found = _all(job, lookup, parts, client)
     whole = replace(job, used_only=False)
     tables = [whole.table(load(x), y) for x, y in zip(parts, found, strict=True)]
@@ -250,7 +255,7 @@ def summed(
 
     The tasks that read make the summaries, and others add them, `ADDED` at a time.
     """
-    parts = source.parts(job.columns)
+    parts = source.parts(_read(job, source))
     tasks = _tasks(partial(_summary, summary), job, lookup, parts, client)
     while len(tasks) > 1:
         tasks = [
@@ -291,9 +296,10 @@ def lazy(job: Job, lookup: Lookup | None, source: Source, client: Any = None) ->
 
 
 def _of_dask(job: Job, lookup: Lookup | None, source: Any, client: Any) -> Any:
-    frame = source.selected(job.columns)
+    columns = _read(job, source)
+    frame = source.selected(columns)
     numbers = {x: str(d) for x, d in frame.dtypes.items() if d.kind in "biuf"}
-    part = Part("", None, None, job.columns, numbers)
+    part = Part("", None, None, columns, numbers)
     meta = frame._meta[list(job.carried)].copy()
     for name in job.names or job.predictor.names:
         meta[name] = np.empty(0)
@@ -329,12 +335,12 @@ def _partition(
 def _of_files(job: Job, lookup: Lookup | None, source: Source, client: Any) -> Any:
     import dask.dataframe as dd  # seconds to import, and this is the only use
 
-    parts = source.parts(job.columns)
+    parts = source.parts(_read(job, source))
     counts = [part.rows or 0 for part in parts]
     starts = np.cumsum([0, *counts]).tolist()
     known = min(counts) > 0
     none = Predicted(np.empty((0, len(job.names))), np.empty(0, np.bool_), Strange())
-    meta = job.table(source.head(job.columns, 0), none).to_pandas()
+    meta = job.table(source.head(_read(job, source), 0), none).to_pandas()
     meta.index = pd.RangeIndex(0)
     tasks = _tasks(partial(_frame, starts if known else None), job, lookup, parts, client)
     divisions = (*starts[:-1], starts[-1] - 1) if known else None
@@ -378,7 +384,7 @@ def written(
         there is something at ``out``, or it cannot be written; or as `collected`
     """
     spec = job.predictor.design.spec
-    parts = source.parts(job.columns)
+    parts = source.parts(_read(job, source))
     with new_place(out, storage_options) as place:
         tasks = _tasks(_write, replace(job, place=place), lookup, parts, client)
         found = compute(tasks, client)

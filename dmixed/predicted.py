@@ -20,6 +20,7 @@ from dmixed.formula.expressions import Name
 from dmixed.grouped import Grouped
 from dmixed.lookup import Errors, Lookup, make_errors, make_lookup, prior_covariance
 from dmixed.predictor import Predictor
+from dmixed.scoring import BlupTable, scoring
 from dmixed.sources import Source, open_source
 from dmixed.sources.daskframe import DaskSource
 from dmixed.sources.memory import MemorySource
@@ -306,3 +307,77 @@ class Predicted(Grouped):
         if isinstance(source, MemorySource):
             return outputs.with_columns(job, lookup, source, client)
         return outputs.lazy(job, lookup, source, client)
+
+    def to_sql(
+        self,
+        dialect: str = "ansi",
+        table: str | Sequence[str] = "new_data",
+        groups: bool = True,
+        effects: str | Mapping[str, str] = "ranef",
+    ) -> str:
+        """A SELECT that predicts the rows of a table in a database, as ``predict`` does.
+
+        Parameters
+        ----------
+        dialect
+            ``"ansi"``, or one that sqlglot writes: ``"duckdb"``, ``"postgres"``, ``"snowflake"``
+        table
+            name of the table of rows, or (schema, name); it has the columns of the formula
+        groups
+            as in ``predict``: with the random effects of the row's groups and the offset
+        effects
+            name of the table with what ``ranef_table(out=...)`` wrote; with several factors a name
+            for each by its label, such as ``{"school": "schools", "class:school": "classes"}``
+
+        Returns
+        -------
+        the statement: all columns of the table, and ``predicted`` (NULL where a covariate is
+        missing, or has a level that the fit has not seen). Rows of groups that the fit has not
+        seen, or whose key is missing, have no random effect.
+
+        Raises
+        ------
+        DmixedError
+            sqlglot is not installed (``pip install 'dmixed[sql]'``)
+        DataError
+            an argument that makes no sense
+        NotSupportedError
+            a term that SQL has no words for, named: splines, functions of the caller's,
+            hyperbolic inverses; random effects of variance components
+
+        Notes
+        -----
+        Names and strings are quoted, wherever they come from. Columns of numbers are read as
+        doubles; comparisons of text are the database's, which may ignore case.
+        """
+        if self._names.plain or self._names.fixed:
+            raise NotSupportedError("a model of arrays has no columns that a table could have")
+        design, kept = self._prepared.design, self._prepared.problem.fixed.kept
+        beta = np.zeros(len(design.fixed_names))
+        beta[list(kept)] = self._estimates.beta
+        blups = self._blup_tables() if groups else []
+        names = _named(effects, [x.label for x in blups])
+        return scoring(design, beta, blups, names, table, dialect, groups)
+
+    def _blup_tables(self) -> list[BlupTable]:
+        prepared, found = self._prepared, []
+        for label, (blocks, columns) in self._effect_columns().items():
+            if prepared.bars[blocks[0]].component is not None:
+                raise NotSupportedError(
+                    f"the variance component {label!r}: to_sql(groups=True) needs random effects "
+                    "written as bars, such as (1 | g:h) in the formula of lmer"
+                )
+            keys = prepared.levels[prepared.members(blocks[0])[0]].names
+            pairs = zip(blocks, map(tuple, columns), strict=True)
+            found.append(BlupTable(label, keys, tuple(pairs)))
+        return found
+
+
+def _named(effects: str | Mapping[str, str], labels: Sequence[str]) -> Mapping[str, str]:
+    """Names of the tables of BLUPs by the labels of their factors."""
+    if isinstance(effects, str) and len(labels) < 2:
+        return dict.fromkeys(labels, effects)
+    if isinstance(effects, Mapping) and set(labels) <= set(effects):
+        return effects
+    shown = ", ".join(f"{label!r}: ..." for label in labels)
+    raise DataError(f"effects={effects!r}: must name a table for each factor, {{{shown}}}")

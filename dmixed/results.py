@@ -20,6 +20,7 @@ from dmixed.params import MixedLMParams
 from dmixed.plots import Plots
 from dmixed.predicted import Predicted
 from dmixed.provenance import Origin, library_versions, states_of
+from dmixed.publication import PublicationColumn, publication_column
 from dmixed.summary import Summary, summarise
 
 
@@ -279,6 +280,15 @@ class MixedLMResults(Predicted):
         elif residuals:
             found, rows = self.plot._own_residuals, "the rows of the fit"
         report.write(report.report_html(report.content_of(self, found, rows)), place, force)
+
+    def to_maketables(self) -> PublicationColumn:
+        """A column of a publication table: ``maketables.ETable([a.to_maketables(), ...])``.
+
+        Fixed effects with tests as in ``summary()``; standard deviations and correlations of the
+        random effects, levels, rows, method and criteria as statistics below. A statistic that
+        there is not (AIC under REML) is left out. maketables is not needed to make it.
+        """
+        return publication_column(self)
 
     def __str__(self) -> str:
         return str(self.summary())

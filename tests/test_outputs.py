@@ -741,3 +741,12 @@ def test_on_a_cluster(one, nested, data, tmp_path, monkeypatch):
         assert done.exit_code == cli.Status.FITTED, done.output
         found = read(tmp_path / "told")[0][["predicted", "se"]]
         assert np.allclose(found, want, rtol=0, atol=1e-10)
+
+
+def test_a_model_without_columns_predicts_every_row(tmp_path):
+    frame = pd.DataFrame({"y": np.arange(12.0) ** 2, "g": np.arange(12) % 3})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    result = dmixed.lmer("y ~ 1 + (1 | g)", frame)
+    for data in (frame, str(tmp_path / "rows.parquet"), dd.from_pandas(frame, npartitions=2)):
+        found = np.asarray(result.predict(data))
+        np.testing.assert_array_equal(found, np.full(12, result.fe_params["Intercept"]))
