@@ -20,7 +20,7 @@ from dmixed.predicted import Predicted
 from dmixed.summary import Summary, summarise
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MixedLMResults(Predicted):
     """Estimates of a linear mixed model, its random effects, tests and predictions.
 
@@ -210,6 +210,10 @@ class MixedLMResults(Predicted):
         findings, the gravest first; prints as text, and as HTML in notebooks
         """
         return diagnose(self, self.plot._own_residuals if residuals else None)
+
+    def __repr__(self) -> str:
+        end = "converged" if self.converged else "not converged"
+        return f"<MixedLMResults of {self.formula!r}: {self.nobs:,} rows, {self.method}, {end}>"
 
     def __str__(self) -> str:
         return str(self.summary())
