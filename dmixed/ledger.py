@@ -154,10 +154,11 @@ def check_differences(found: Files, kind: str, changed: str, vanished: str) -> N
     if found.vanished and vanished == "error":
         raise DataError(
             f"{shown(found.vanished)} vanished from the data: remove() what their rows had added, "
-            'or keep it with vanished="keep"'
+            'or keep it with vanished="keep" (in a job file vanished: keep)'
         )
     if found.changed and changed == "error":
         raise DataError(
             f"{shown(found.changed)} changed since the rows were summed: append with "
-            'changed="replace", or remove() what their rows had added'
+            'changed="replace" (in a job file changed: replace), or remove() what their rows had '
+            "added"
         )

@@ -33,7 +33,7 @@ def _called(data: Any) -> str:
     return str(data) if isinstance(data, str | os.PathLike) else "the rows that were given"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MixedLMResults(Predicted):
     """Estimates of a linear mixed model, its random effects, tests and predictions.
 
@@ -289,6 +289,10 @@ class MixedLMResults(Predicted):
         there is not (AIC under REML) is left out. maketables is not needed to make it.
         """
         return publication_column(self)
+
+    def __repr__(self) -> str:
+        end = "converged" if self.converged else "not converged"
+        return f"<MixedLMResults of {self.formula!r}: {self.nobs:,} rows, {self.method}, {end}>"
 
     def __str__(self) -> str:
         return str(self.summary())

@@ -9,6 +9,10 @@ killed and started again by its name. Imports nothing of dmixed.
         store.kill("object")
         store.start("object")
 
+    python -m tests.objectstore COMMAND ...
+
+runs a command with a store in its environment, an empty bucket at DMIXED_LAKE.
+
 Access keys are "account:user". The user "owner" may do everything in its account; "guest" of the
 same account nothing; "other" is the owner of an account of its own, where no bucket is.
 """
@@ -21,6 +25,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -34,6 +39,7 @@ DAEMONS = ("account", "container", "object", "proxy")
 LISTED = 2  # names on a page of a listing: a few files make many pages
 READY = 60.0  # seconds a daemon may take to answer
 REGION = "us-east-1"
+LAKE = "DMIXED_LAKE"  # variable with the URI of a bucket
 
 # A daemon ends with the process that started it, also when that one is killed. What it keeps need
 # not outlive a loss of power.
@@ -201,6 +207,15 @@ class ObjectStore:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    def lake(self) -> dict[str, str]:
+        """Variables of a new bucket of the owner: `environment`, and its URI."""
+        import s3fs
+
+        name = f"lake-{secrets.token_hex(4)}"
+        s3fs.S3FileSystem(**self.storage_options(skip_instance_cache=True)).mkdir(name)
+        nobody = {name: os.devnull for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")}
+        return {**nobody, **self.environment(), LAKE: f"s3://{name}"}
+
     def log(self, name: str) -> str:
         """What a daemon has written."""
         return (self.root / f"{name}.log").read_text(errors="replace")
@@ -285,3 +300,21 @@ def _free_ports(n: int) -> list[int]:
 def _plain(environment: Mapping[str, str]) -> dict[str, str]:
     """Environment without what tests and coverage tools put there for themselves."""
     return {k: v for k, v in environment.items() if not k.startswith(("AWS_", "PYTHON", "COV"))}
+
+
+def main(command: list[str]) -> int:
+    """Run a command with a store in its environment; the status with which it ended."""
+    if not command:
+        print("usage: python -m tests.objectstore COMMAND ...", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as name:
+        reason = reason_why_not(Path(name))
+        if reason is not None:
+            print(f"error: {reason}", file=sys.stderr)
+            return 1
+        with ObjectStore(Path(name)) as store:
+            return subprocess.run(command, env={**os.environ, **store.lake()}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
