@@ -18,6 +18,7 @@ from dmixed.moments import GroupMoments
 from dmixed.params import MixedLMParams, VCSpec
 from dmixed.plans import Plan, plan
 from dmixed.results import MixedLMResults
+from dmixed.tracking import log_mlflow
 
 __version__ = version("dmixed")
 
@@ -42,6 +43,7 @@ __all__ = [
     "collect",
     "compare",
     "lmer",
+    "log_mlflow",
     "mixedlm",
     "open_moments",
     "plan",
