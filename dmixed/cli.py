@@ -1,11 +1,14 @@
 """The command line: arguments in, one call of `lmer`, text and files out.
 
-Exit status: 0 fitted, 1 error, 2 wrong usage, 3 did not converge.
+Exit status: 0 fitted, 1 error, 2 wrong usage, 3 did not converge, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,6 +27,7 @@ from dmixed.commands.shared import (
     Data,
     Filters,
     Formula,
+    Json,
     Missing,
     Offset,
     Scheduler,
@@ -32,25 +36,35 @@ from dmixed.commands.shared import (
     Verbose,
     Weights,
     connection,
+    epilog,
     errors_in_one_line,
     filters_of,
     log,
+    print_json,
     say,
+    told_as_json,
     warnings_in_one_line,
 )
-from dmixed.errors import DmixedError
+from dmixed.errors import DataError, DmixedError
 from dmixed.optimizer import SCIPY_METHODS
+from dmixed.places import written
 from dmixed.records import check_free
 from dmixed.resultfiles import RANDOM_EFFECTS, RESULT, write_result
 from dmixed.results import MixedLMResults
 
+FITTED = "0 fitted, 1 error, 2 wrong usage, 3 did not converge."
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Linear mixed-effects models, fitted exactly, on data of any size, on Dask.",
-    epilog="Exit status: 0 fitted, 1 error, 2 wrong usage, 3 did not converge.",
+    epilog=epilog(
+        f"{FITTED} 130: interrupted.",
+        "dmixed demo",
+        "dmixed fit --data sales.parquet --formula 'y ~ x + (1 + x | store)'",
+        "dmixed --install-completion",
+    ),
 )
 
 Out = Annotated[
@@ -66,7 +80,21 @@ Out = Annotated[
 
 def main() -> None:
     """Run the command ``dmixed`` and exit with its status."""
-    app(prog_name="dmixed")
+    try:
+        app(prog_name="dmixed")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            say("interrupted")
+        raise
+
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def _methods(incomplete: str) -> list[str]:
+    """Values of ``--method`` for completion."""
+    return [name for name in SCIPY_METHODS if name.startswith(incomplete)]
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,7 +113,15 @@ def _options(
     del version
 
 
-@app.command(epilog=app.info.epilog)
+@app.command(
+    epilog=epilog(
+        FITTED,
+        "dmixed fit --data sales.parquet --formula 'y ~ x + (1 | store)'",
+        "dmixed fit --data 's3://lake/sales/*.parquet' --formula 'y ~ x + (x | g)' \\",
+        "    --filter 'year >= 2024' --weights w --out fit --save model",
+        "dmixed fit --data d.parquet --formula 'y ~ x + (1 | g)' --json | jq .llf",
+    )
+)
 def fit(
     data: Data,
     formula: Formula,
@@ -109,6 +145,7 @@ def fit(
         typer.Option(
             "--method",
             metavar="NAME",
+            autocompletion=_methods,
             help="A method of scipy.optimize.minimize instead of the exact Newton method.",
         ),
     ] = None,
@@ -130,13 +167,18 @@ def fit(
             help="Save the fit to this new or empty local directory, for dmixed predict.",
         ),
     ] = None,
+    as_json: Json = False,
     progress: Shown = None,
     verbose: Verbose = 0,
 ) -> None:
     """Fit a model to Parquet data and print its summary."""
     if method is not None and method not in SCIPY_METHODS:
+        plain = {re.sub(r"[^a-z]", "", name.lower()): name for name in SCIPY_METHODS}
+        near = difflib.get_close_matches(re.sub(r"[^a-z]", "", method.lower()), plain, n=1)
+        meant = plain[near[0]] if near else None
+        hint = f"; did you mean {meant!r}?" if meant else ""
         raise typer.BadParameter(
-            f"{method!r} is not one of {', '.join(SCIPY_METHODS)}", param_hint="--method"
+            f"{method!r} is not one of {', '.join(SCIPY_METHODS)}{hint}", param_hint="--method"
         )
     filters = filters_of(conditions)
     here = out is not None or save is not None  # the client is gone when files are written
@@ -158,19 +200,28 @@ def fit(
                 checkpoint=checkpoint,
             )
 
+    told = told_as_json(as_json)
     if save is not None:
-        with errors_in_one_line():
+        with errors_in_one_line(told):
             check_free(Path(save).resolve(), f"--save {save}")
     with log(verbose):
-        result = _run(call, out)
-    typer.echo(result.summary())
+        result = _run(call, out, as_json)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        typer.echo(result.summary())
     _finish(result, out)
     if save is not None:
         with errors_in_one_line():
             result.save(save)
 
 
-@app.command(epilog="Exit status: 0 planned, 1 error, 2 wrong usage.")
+@app.command(
+    epilog=epilog(
+        "0 planned, 1 error, 2 wrong usage.",
+        "dmixed plan --data 's3://lake/sales/*.parquet' --formula 'y ~ x + (x | g)'",
+    )
+)
 def plan(
     data: Data,
     formula: Formula,
@@ -178,14 +229,24 @@ def plan(
     offset: Offset = None,
     conditions: Filters = None,
     scheduler: Scheduler = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Say what a fit would do, from metadata and a sample: rows, bytes, groups, memory, where."""
     filters = filters_of(conditions)
-    with errors_in_one_line(), connection(scheduler) as client:
+    with (
+        log(verbose),
+        warnings_in_one_line(),
+        errors_in_one_line(told_as_json(as_json), "dmixed.plan"),
+        connection(scheduler) as client,
+    ):
         found = dmixed.plan(
             formula, data, weights=weights, offset=offset, client=client, filters=filters
         )
-    typer.echo(found)
+    if as_json:
+        print_json({"schema": "dmixed-plan/1", **found.to_dict()})
+    else:
+        typer.echo(found)
 
 
 class NewGroups(StrEnum):
@@ -203,7 +264,13 @@ class Interval(StrEnum):
     prediction = "prediction"
 
 
-@app.command(epilog=app.info.epilog)
+@app.command(
+    epilog=epilog(
+        "0 predicted, 1 error, 2 wrong usage.",
+        "dmixed predict --model model --data new.parquet --out predictions",
+        "dmixed predict --model m --data new.parquet --out p --interval prediction",
+    )
+)
 def predict(
     model: Annotated[
         str,
@@ -240,10 +307,19 @@ def predict(
         str | None,
         typer.Option("--scheduler", metavar="ADDRESS", help="As for dmixed fit."),
     ] = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Predict rows of Parquet data with a fit that was saved, and write them."""
-    with errors_in_one_line(), connection(scheduler) as client:
-        result = MixedLMResults.load(model)
+    logger = logging.getLogger("dmixed")
+    with (
+        log(verbose),
+        warnings_in_one_line(),
+        errors_in_one_line(told_as_json(as_json), "MixedLMResults.predict"),
+        connection(scheduler) as client,
+    ):
+        result = _loaded(model)
+        logger.info("predict: %s, of %s", data, result.formula)
         with nullcontext() if client is None else client.as_current():
             result.predict(
                 data,
@@ -254,9 +330,23 @@ def predict(
                 alpha=alpha,
                 out=out,
             )
+        found = written(out)
+        logger.info("predict: %d rows in %d files", found["rows"], len(found["files"]))
+    if as_json:
+        print_json({"schema": "dmixed-predict/1", "out": out,
+                    **{x: found[x] for x in ("formula", "rows", "columns", "files")}})  # fmt: skip
 
 
-@app.command(epilog=app.info.epilog)
+def _loaded(model: str) -> MixedLMResults:
+    """The fit of a directory."""
+    if not Path(model).is_dir():
+        raise DataError(
+            f"--model {model}: there is no such directory; dmixed fit --save DIR writes one"
+        )
+    return MixedLMResults.load(model)
+
+
+@app.command(epilog=epilog(FITTED, "dmixed demo", "dmixed demo --out demo-fit"))
 def demo(out: Out = None) -> None:
     """Fit 7,185 pupils in 160 schools (bundled data) and explain what one sees."""
 
@@ -279,11 +369,13 @@ app.add_typer(moments.app, name="moments")
 # --------------------------------------------------------------------------- running a fit
 
 
-def _run(call: Callable[[], MixedLMResults], out: str | None) -> MixedLMResults:
+def _run(
+    call: Callable[[], MixedLMResults], out: str | None, as_json: bool = False
+) -> MixedLMResults:
     """Result of a fit; any error ends the program with one line."""
     if out is not None:
         _check_out(out)
-    with warnings_in_one_line(), errors_in_one_line():
+    with warnings_in_one_line(), errors_in_one_line(told_as_json(as_json)):
         result = call()
     return result
 

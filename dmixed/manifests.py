@@ -241,7 +241,10 @@ def read_manifest(folder: Folder, number: int | None = None) -> Manifest:
         except OSError as error:
             raise DataError(f"{folder.name}: cannot be listed: {error.strerror or error}") from None
     if number is None:
-        raise DataError(f"{folder.name}: there are no moments: it has no manifest-*.json")
+        raise DataError(
+            f"{folder.name}: there are no moments: it has no manifest-*.json; "
+            "dmixed.collect(...).save(), or dmixed moments collect, makes such a store"
+        )
     file = folder.file(manifest_name(number))
     content = folder.read(manifest_name(number), RECORD)
     found = made_record(Manifest, content, file, SCHEMA)

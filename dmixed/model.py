@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -241,7 +242,14 @@ class MixedLM(FitsOfModel):
         for role in ("weights", "offset"):
             name = options[role]
             if name is not None and name not in self.source.columns:
-                raise DataError(f"the data have no column {name!r}, which is to be the {role}")
+                columns = [str(x) for x in self.source.columns]
+                near = difflib.get_close_matches(str(name), columns, n=1)
+                hint = (
+                    f"; did you mean {near[0]!r}?" if near else f"; they have {', '.join(columns)}"
+                )
+                raise DataError(
+                    f"the data have no column {name!r}, which is to be the {role}; {hint}"
+                )
             needed += [name] if name is not None else []
         self._pilot = self.source.head(tuple(dict.fromkeys(needed)), PILOT_ROWS)
         spec = specify(formula, self._pilot, **options, **self._more)

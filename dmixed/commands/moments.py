@@ -17,6 +17,7 @@ from dmixed.commands.shared import (
     Data,
     Filters,
     Formula,
+    Json,
     Missing,
     Offset,
     Scheduler,
@@ -26,10 +27,13 @@ from dmixed.commands.shared import (
     Verbose,
     Weights,
     connection,
+    epilog,
     errors_in_one_line,
     filters_of,
     log,
+    print_json,
     say,
+    told_as_json,
     warnings_in_one_line,
 )
 from dmixed.errors import DataError
@@ -41,31 +45,45 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Keep the sums of some data, add to them, take from them, and fit them without the data.",
-    epilog="Exit status: 0 done, 1 error, 2 wrong usage; of fit 3: did not converge.",
+    epilog=epilog(
+        "0 done, 1 error, 2 wrong usage; of fit 3: did not converge.",
+        "dmixed moments collect store --data sales/ --formula 'y ~ x + (x | g)'",
+        "dmixed moments append store --data sales/",
+        "dmixed moments fit store --formula 'y ~ x + (1 | g)'",
+    ),
 )
+
+DONE = "0 done, 1 error, 2 wrong usage."
 
 Store = Annotated[
     str,
     typer.Argument(metavar="STORE", help="Directory or URI of a store.", show_default=False),
 ]
 
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
-
 
 @contextmanager
-def _opened(store: str, scheduler: str | None, verbose: int = 0) -> Iterator[dmixed.MomentStore]:
+def _opened(
+    store: str, scheduler: str | None, verbose: int = 0, as_json: bool = False
+) -> Iterator[dmixed.MomentStore]:
     """A store; errors end the program with one line."""
     shown = "dmixed.open_moments"
     with (
         log(verbose),
         warnings_in_one_line(),
-        errors_in_one_line(shown_by=shown),
+        errors_in_one_line(told_as_json(as_json), shown),
         connection(scheduler) as client,
     ):
         yield dmixed.open_moments(store, client=client)
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        DONE,
+        "dmixed moments collect store --data sales/ --formula 'y ~ x + (x | g)'",
+        "dmixed moments collect store --data d.parquet --formula 'y ~ x + (1 | g)' \\",
+        "    --group-crossproducts --carry x:z",
+    )
+)
 def collect(
     store: Store,
     data: Data,
@@ -124,13 +142,15 @@ def collect(
         typer.echo(moments.save(store, min_group_size=min_group_size))
 
 
-@app.command()
-def info(store: Store, as_json: Json = False) -> None:
+@app.command(
+    epilog=epilog(DONE, "dmixed moments info store", "dmixed moments info s3://lake/store --json")
+)
+def info(store: Store, as_json: Json = False, verbose: Verbose = 0) -> None:
     """Say what is in a store."""
-    with _opened(store, None) as found:
+    with _opened(store, None, verbose, as_json) as found:
         record = _record(found)
     if as_json:
-        typer.echo(json.dumps(record, allow_nan=False))
+        print_json(record)
         return
     typer.echo(f"{record['formula']}\nversion {record['version']}, {record['rows']:,} rows")
     for part in record["parts"]:
@@ -159,7 +179,13 @@ def _record(store: dmixed.MomentStore) -> dict[str, Any]:
     }
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        DONE,
+        "dmixed moments append store --data sales/",
+        "dmixed moments append store --data sales/ --changed replace --json",
+    )
+)
 def append(
     store: Store,
     data: Data,
@@ -179,13 +205,13 @@ def append(
 ) -> None:
     """Add the rows of the files that the store does not have."""
     filters = filters_of(conditions)
-    with _opened(store, scheduler, verbose) as found:
+    with _opened(store, scheduler, verbose, as_json) as found:
         done = found.append(
             data, filters=filters, changed=changed.value, vanished=vanished.value, progress=progress
         )
     if as_json:
         record = {name: getattr(done, name) for name in Appended.__dataclass_fields__}
-        typer.echo(json.dumps(record, allow_nan=False, default=list))
+        print_json(json.loads(json.dumps(record, default=list)))  # sets and the like as lists
         return
     typer.echo(
         f"files: {len(done.new):,} new, {len(done.changed):,} replaced, {len(done.skipped):,} "
@@ -196,7 +222,7 @@ def append(
         typer.echo(f"{rows:,} rows dropped for {reason!r}")
 
 
-@app.command()
+@app.command(epilog=epilog(DONE, "dmixed moments remove store sales/2024-01.parquet"))
 def remove(
     store: Store,
     files: Annotated[
@@ -212,7 +238,7 @@ def remove(
         typer.echo(found)
 
 
-@app.command()
+@app.command(epilog=epilog(DONE, "dmixed moments forget store 4711"))
 def forget(
     store: Store,
     labels: Annotated[
@@ -239,7 +265,7 @@ def _typed(store: dmixed.MomentStore, labels: list[str]) -> tuple[Any, ...]:
         raise DataError(f"label: {error}") from None
 
 
-@app.command()
+@app.command(epilog=epilog(DONE, "dmixed moments window store --last 12 --out last-year"))
 def window(
     store: Store,
     last: Annotated[int, typer.Option("--last", metavar="N", min=1, help="How many additions.")],
@@ -251,15 +277,16 @@ def window(
         typer.echo(found.window(last).save(out))
 
 
-@app.command()
+@app.command(epilog=epilog(DONE, "dmixed moments merge north south --out both"))
 def merge(
     stores: Annotated[
         list[str], typer.Argument(metavar="STORE...", help="Stores of the same model.")
     ],
     out: Annotated[str, typer.Option("--out", metavar="STORE", help="New directory or URI.")],
+    verbose: Verbose = 0,
 ) -> None:
     """Write the sum of several stores, of disjoint rows, as a new one."""
-    with errors_in_one_line(shown_by="dmixed.open_moments"):
+    with log(verbose), errors_in_one_line(shown_by="dmixed.open_moments"):
         found = [dmixed.open_moments(store).moments for store in stores]
         total = found[0]
         for other in found[1:]:
@@ -267,7 +294,7 @@ def merge(
         typer.echo(total.save(out))
 
 
-@app.command()
+@app.command(epilog=epilog(DONE, "dmixed moments compact store"))
 def compact(store: Store, scheduler: Scheduler = None, verbose: Verbose = 0) -> None:
     """Make one part of all, and remove files that a killed process has left behind."""
     with _opened(store, scheduler, verbose) as found:
@@ -275,7 +302,13 @@ def compact(store: Store, scheduler: Scheduler = None, verbose: Verbose = 0) -> 
         typer.echo(found)
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "0 fitted, 1 error, 2 wrong usage, 3 did not converge.",
+        "dmixed moments fit store",
+        "dmixed moments fit store --formula 'y ~ 1 + (1 | g)' --ml --json",
+    )
+)
 def fit(
     store: Store,
     formula: Annotated[
@@ -298,14 +331,18 @@ def fit(
             help=f"Write {RESULT} and {RANDOM_EFFECTS} to this new or empty local directory.",
         ),
     ] = None,
+    as_json: Json = False,
     scheduler: Scheduler = None,
     verbose: Verbose = 0,
 ) -> None:
     """Fit the store's model, or a smaller one; no row is read."""
-    with _opened(store, scheduler, verbose) as found:
+    with _opened(store, scheduler, verbose, as_json) as found:
         moments = found.moments if last is None else found.window(last)
         result = moments.fit(reml, formula=formula)
-        typer.echo(result.summary())
+        if as_json:
+            print_json(result.to_dict())
+        else:
+            typer.echo(result.summary())
         if result.converged and out is not None:
             write_result(result, Path(out))
     if not result.converged:

@@ -13,6 +13,7 @@ from dmixed.commands.shared import (
     Status,
     Verbose,
     connection,
+    epilog,
     errors_in_one_line,
     log,
     say,
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from dmixed.jobs import Job
     from dmixed.refit import Outcome
 
-EPILOG = (
-    "Exit status: 0 published, or nothing new; 1 error; 2 wrong usage, or a job file that is not "
+EPILOG = epilog(
+    "0 published, or nothing new; 1 error; 2 wrong usage, or a job file that is not "
     "valid; 3 did not converge; 4 estimates drifted beyond the limit of the job. Only 0 and 4 "
-    "publish, 4 unless the job says drift: {action: hold}."
+    "publish, 4 unless the job says drift: {action: hold}.",
+    "dmixed refit nightly.yaml --check",
+    "dmixed refit nightly.yaml --json",
+    "dmixed refit --schema > job.schema.json",
 )
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dmixed.errors import ConvergenceWarning, DataError, DmixedError
+from dmixed.resultfiles import json_bytes
 from dmixed.sources import parse_filter
 
 
@@ -55,6 +56,16 @@ Scheduler = Annotated[
         "--scheduler",
         metavar="ADDRESS",
         help="Dask scheduler to run on, tcp://host:port; threads of this machine by default.",
+    ),
+]
+
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON document and nothing else on stdout, also of an error; what is not "
+        "finite is null.",
     ),
 ]
 
@@ -125,6 +136,12 @@ Filters = Annotated[
 ]
 
 
+def epilog(status: str, *examples: str) -> str:
+    """Examples, a line for each, and the exit status, for the end of ``--help``."""
+    lines = "".join(f"  {example}\n" for example in examples)
+    return (f"\b\nExamples:\n{lines}\n" if examples else "") + f"Exit status: {status}"
+
+
 def filters_of(conditions: list[str] | None) -> list[Any] | None:
     """Conditions of ``--filter``, of which all must hold."""
     try:
@@ -146,7 +163,10 @@ def connection(address: str | None) -> Iterator[Any]:
         resolve_address(address)  # a client of what is no address hangs when it is deleted
         client = Client(address, set_as_default=False)
     except (OSError, ValueError) as err:
-        raise DmixedError(f"no Dask scheduler answers at {address}: {err}") from err
+        raise DmixedError(
+            f"no Dask scheduler answers at {address}: {err}; give tcp://host:port of one that runs "
+            "(dask scheduler prints it), or leave --scheduler out to use this machine's threads"
+        ) from err
     with client:
         yield client
 
@@ -186,6 +206,18 @@ def say(message: str) -> None:
     typer.echo("dmixed: " + " ".join(message.split()), err=True)
 
 
+def print_json(record: dict[str, Any]) -> None:
+    """A record as one JSON document on stdout."""
+    typer.echo(json_bytes(record), nl=False)
+
+
+def told_as_json(wanted: bool) -> Callable[[str], None] | None:
+    """What tells of an error on stdout where JSON is wanted there."""
+    if not wanted:
+        return None
+    return lambda message: print_json({"schema": "dmixed-error/1", "error": message})
+
+
 def fail(message: str) -> NoReturn:
     """End with status 1 and one line on stderr."""
     say(f"error: {message}")
@@ -208,6 +240,8 @@ def errors_in_one_line(
     try:
         yield
         return
+    except BrokenPipeError:  # whoever read stdout is gone: typer ends without a word
+        raise
     except (DmixedError, OSError) as err:
         message = str(err)
     except Exception as err:  # whatever a library or a worker raises

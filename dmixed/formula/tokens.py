@@ -58,7 +58,10 @@ def tokenize(text: str) -> list[Token]:
         if match is None:
             char = text[position]
             why = _STRANGERS.get(char, "it has no meaning in a formula")
-            raise FormulaError(f"unexpected {char!r} in the formula {shown(text)}: {why}")
+            raise FormulaError(
+                f"unexpected {char!r} at character {position + 1} of the formula {shown(text)}: "
+                f"{why}"
+            )
         position = match.end()
         kind = match.lastgroup or ""
         if kind != "space":
@@ -99,7 +102,8 @@ def check_parentheses(tokens: Sequence[Token], text: str) -> None:
     """Refuse parentheses that do not match."""
     levels = list(depths(tokens))
     if levels and (min(levels) < 0 or levels[-1] != 0):
-        raise FormulaError(f"the parentheses of {shown(text)} do not match")
+        missing = "one is closed that was not opened" if min(levels) < 0 else "one is not closed"
+        raise FormulaError(f"the parentheses of {shown(text)} do not match: {missing}")
 
 
 def type_name(given: object) -> str:
