@@ -11,6 +11,7 @@ from dmixed.commands.shared import (
     Scheduler,
     Verbose,
     connection,
+    epilog,
     errors_in_one_line,
     log,
     warnings_in_one_line,
@@ -23,10 +24,12 @@ from dmixed.report import content_of, place_of, report_html, write
 from dmixed.results import MixedLMResults
 from dmixed.storage import RESULT
 
-EPILOG = """\
-Example: dmixed report fit --data s3://bucket/rows --out report.html
-
-Exit status: 0 written, 1 error, 2 wrong usage."""
+EPILOG = epilog(
+    "0 written, 1 error, 2 wrong usage.",
+    "dmixed report fit-1 --out report.html",
+    "dmixed report fit-1 --data 's3://bucket/sales/' --out report.html",
+    "dmixed report 's3://bucket/results/' --out report.html --force",
+)
 
 
 def report(
