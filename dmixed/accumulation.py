@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmixed.blocks import DesignBlock, Floats
-from dmixed.moments import GroupMoments, Index, csc_matvecs
+from dmixed.moments import GroupMoments, Index, csc_matvecs, csr_matvecs
 from dmixed.references import rounded
 from dmixed.whitening import matrix, places
 
 CHUNK = 16_384
 """Rows turned into carried columns at a time: the block stays in the processor's cache."""
+
+RUN = 8
+"""Rows of a group one after the other, on average, from which they are added up by runs."""
 
 LINE, CACHE, FETCH = 64, 2**23, 2**18
 """Bytes of a cache line; of sums that the cache holds; of sums fetched into it at a time."""
@@ -39,6 +42,7 @@ class _Workspace:
         self.W, self.where = np.empty((size, q)), np.empty((size, q), dtype=np.int32)
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
         self.place = np.empty(size, dtype=np.int64)
+        self.rows, self.factor = np.arange(size + 1, dtype=np.int32), np.empty(size)
         self.reference = np.empty((size if block.references else 0, k), dtype=np.float32)
         self.alone = _alone(block)
         done = set(self.alone.values())
@@ -170,6 +174,10 @@ class Accumulator:
         releases the GIL and needs no (G, q, k) temporary for each chunk.
         """
         (m, k), q = F.shape, len(random)
+        heads = np.flatnonzero(group[1:] != group[:-1])
+        if RUN * len(heads) < m:
+            self._scatter_runs(F, group, random, heads + 1)
+            return
         W, where = self.workspace.W[:m], self.workspace.where[:m]
         for a, j in enumerate(random):
             W[:, a] = F[:, j]
@@ -188,6 +196,33 @@ class Accumulator:
             csc_matvecs(
                 *(len(self.WtF) * q, size, k, self.workspace.indptr[: size + 1]),
                 *(where[part].reshape(-1), W[part].reshape(-1), F[part].reshape(-1), sums),
+            )
+
+    def _scatter_runs(
+        self, F: Floats, group: NDArray[np.int32], random: tuple[int, ...], heads: Index
+    ) -> None:
+        """The same of rows that lie group by group: the rows of each run are added up first.
+
+        Parameters
+        ----------
+        heads
+            rows at which another run begins, but for the first one
+        """
+        (m, k), q, n = F.shape, len(random), len(heads) + 1
+        ends = np.empty(n + 1, np.int32)
+        ends[0], ends[1:-1], ends[-1] = 0, heads, m
+        of_runs = group[ends[:-1]] * np.int32(q)
+        for a, j in enumerate(random):
+            factor = self.workspace.factor[:m]
+            np.copyto(factor, F[:, j])
+            added = np.zeros((n, k))
+            csr_matvecs(
+                *(n, m, k, ends, self.workspace.rows[:m], factor),
+                *(F.reshape(-1), added.reshape(-1)),
+            )
+            csc_matvecs(
+                *(len(self.WtF) * q, n, k, self.workspace.rows[: n + 1], of_runs + np.int32(a)),
+                *(np.ones(n), added.reshape(-1), self.WtF.reshape(-1)),
             )
 
     def _fetch(self, sums: Floats, group: NDArray[np.int32], lines: Index) -> None:

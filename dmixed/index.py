@@ -22,6 +22,9 @@ from dmixed.keys import Codes, Labels
 
 Whole = NDArray[np.int64]
 
+RUN = 8
+"""Equal integers one after the other, on average, from which one of each run is looked up."""
+
 SPARSE = 8
 """Numbers that a table may have for each row seen, before integers go to hash tables."""
 
@@ -238,6 +241,7 @@ class _Integers:
     def start(self, array: pa.Array | Whole) -> None:
         values = array if isinstance(array, np.ndarray) else _integers(array)
         self._append(values)
+        self._rows += len(values)
         if len(values) and self._room(values):
             self._table[values - self._low] = np.arange(len(values), dtype=np.int32)
         elif len(values):
@@ -247,6 +251,14 @@ class _Integers:
         """Number of each integer; those not met before get the next ones."""
         if len(values) == 0:
             return np.empty(0, np.int32)
+        self._rows += len(values)
+        heads = np.flatnonzero(values[1:] != values[:-1])
+        if RUN * len(heads) < len(values):  # equal ones lie together: one of each run is enough
+            ends = np.concatenate([heads + 1, [len(values)]])
+            return np.repeat(self._encoded(values[ends - 1]), np.diff(ends, prepend=0))
+        return self._encoded(values)
+
+    def _encoded(self, values: Whole) -> Codes:
         if self._parts is None and not self._room(values):
             self._divide()
         return self._by_table(values) if self._parts is None else self._by_hash(values)
@@ -265,7 +277,6 @@ class _Integers:
     def _room(self, values: Whole) -> bool:
         """Make the table cover these values too, unless it would be too large."""
         low, high = int(values.min()), int(values.max())
-        self._rows += len(values)
         held = len(self._table)
         if held:
             low, high = min(low, self._low), max(high, self._low + held - 1)

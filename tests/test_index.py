@@ -84,6 +84,26 @@ def test_many_integers(spread, monkeypatch):
     assert len(growing) == len(before)
 
 
+@pytest.mark.parametrize("spread", [1, 7919, 2**40])
+@pytest.mark.parametrize("length", [1, 20])
+def test_integers_that_lie_together(spread, length, monkeypatch):
+    """Runs of equal integers, which come again; most of them are looked up once."""
+    monkeypatch.setattr(index_module, "SMALL", 64)
+    rng = np.random.default_rng(1)
+    looked_up = []
+    encoded = index_module._Integers._encoded
+    monkeypatch.setattr(
+        index_module._Integers,
+        "_encoded",
+        lambda self, values: looked_up.append(len(values)) or encoded(self, values),
+    )
+    heads = [rng.integers(0, 50, 40) * spread for _ in range(4)]
+    runs = [np.repeat(h, rng.integers(length, 2 * length, 40)) for h in heads]
+    check([[values.tolist()] for values in runs], ["g"])
+    rows = sum(map(len, runs))
+    assert sum(looked_up) == rows if length == 1 else 8 * sum(looked_up) < rows
+
+
 def test_far_integers_after_close_ones():
     growing = LabelIndex(["g"])
     first = growing.encode([pa.array([3, 1, 2])])
