@@ -604,4 +604,4 @@ def test_to_a_uri(slope: MixedLMResults) -> None:
 def test_help() -> None:
     done = CliRunner().invoke(cli.app, ["report", "--help"], prog_name="dmixed")
     assert done.exit_code == 0
-    assert "dmixed report fit --data s3://bucket/rows --out report.html" in done.stdout
+    assert "dmixed report fit-1 --out report.html" in done.stdout
