@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmixed.blocks import DesignBlock, Floats
-from dmixed.moments import GroupMoments, Index, csc_matvecs, csr_matvecs
+from dmixed.moments import GroupMoments, Index, csc_matvecs
 from dmixed.references import rounded
 from dmixed.whitening import matrix, places
 
@@ -37,25 +37,28 @@ class _Workspace:
 
     def __init__(self, block: DesignBlock, size: int = CHUNK) -> None:
         k, q, v = len(block.columns), len(block.random), len(block.values)
-        self.F, self.shifted = np.zeros((size, _width(q, k))), np.empty((v, size))
+        width = _width(q, k)
+        self.by_row, self.by_column = np.zeros((size, width)), np.zeros((width, size)).T
+        self.shifted = np.empty((v, size))
         self.product, self.inside = np.empty(size), np.empty(size, dtype=np.bool_)
         self.W, self.where = np.empty((size, q)), np.empty((size, q), dtype=np.int32)
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
         self.place = np.empty(size, dtype=np.int64)
-        self.rows, self.factor = np.arange(size + 1, dtype=np.int32), np.empty(size)
+        self.rows, self.products = np.arange(size + 1, dtype=np.int32), np.empty((k, size))
         self.reference = np.empty((size if block.references else 0, k), dtype=np.float32)
         self.alone = _alone(block)
         done = set(self.alone.values())
         self.others = [(j, r) for j, r in enumerate(block.recipes) if j not in done]
         self.recoded = np.empty((0 if block.recoding is None else size, k))
 
-    def columns(self, block: DesignBlock, rows: slice) -> Floats:
+    def columns(self, block: DesignBlock, rows: slice, by_column: bool = False) -> Floats:
         """Carried columns F (m, width) of some rows, unweighted; valid until the next call.
 
-        Columns beyond k are zero, see `_width`.
+        Columns beyond k are zero, see `_width`. In memory they lie row by row, or column by column.
         """
         m = len(range(*rows.indices(block.nobs)))
-        F, product, inside = self.F[:m], self.product[:m], self.inside[:m]
+        F = (self.by_column if by_column else self.by_row)[:m]
+        product, inside = self.product[:m], self.inside[:m]
         frame = zip(block.values, block.frame.shift, block.frame.scale, self.shifted, strict=True)
         for v, (x, shift, scale, u) in enumerate(frame):
             out = F[:, self.alone[v]] if v in self.alone else u[:m]
@@ -132,15 +135,20 @@ class Accumulator:
             self.log_weights += float(np.log(block.weights).sum())
         for start in range(0, block.nobs, CHUNK):
             rows = slice(start, min(start + CHUNK, block.nobs))
-            F = self._recode(self.workspace.columns(block, rows))
+            group = block.group[rows]
+            runs = _runs(group)
+            F = self._recode(self.workspace.columns(block, rows, runs is not None))
             if block.weights is not None:
                 self.plain += F.T @ F
             if block.references:
-                self._take_references(F[:, : len(self.columns)], block.group[rows])
+                self._take_references(F[:, : len(self.columns)], group)
             if block.weights is not None:
                 F *= np.sqrt(block.weights[rows])[:, None]
             self.FtF += F.T @ F
-            self._scatter(F, block.group[rows], block.random)
+            if runs is None:
+                self._scatter(F, group, block.random)
+            else:
+                self._scatter_runs(F, group, block.random, runs)
 
     def _recode(self, F: Floats) -> Floats:
         """``F S`` of some rows (m, k)."""
@@ -174,10 +182,6 @@ class Accumulator:
         releases the GIL and needs no (G, q, k) temporary for each chunk.
         """
         (m, k), q = F.shape, len(random)
-        heads = np.flatnonzero(group[1:] != group[:-1])
-        if RUN * len(heads) < m:
-            self._scatter_runs(F, group, random, heads + 1)
-            return
         W, where = self.workspace.W[:m], self.workspace.where[:m]
         for a, j in enumerate(random):
             W[:, a] = F[:, j]
@@ -199,29 +203,28 @@ class Accumulator:
             )
 
     def _scatter_runs(
-        self, F: Floats, group: NDArray[np.int32], random: tuple[int, ...], heads: Index
+        self, F: Floats, group: NDArray[np.int32], random: tuple[int, ...], starts: Index
     ) -> None:
         """The same of rows that lie group by group: the rows of each run are added up first.
 
         Parameters
         ----------
-        heads
-            rows at which another run begins, but for the first one
+        F
+            (m, k), column by column in memory
+        starts
+            first row of each run
         """
-        (m, k), q, n = F.shape, len(random), len(heads) + 1
-        ends = np.empty(n + 1, np.int32)
-        ends[0], ends[1:-1], ends[-1] = 0, heads, m
-        of_runs = group[ends[:-1]] * np.int32(q)
+        (m, k), c, q, n = F.shape, len(self.columns), len(random), len(starts)
+        plain = not self.weighted and self.recoding is None  # the first random column is 1
+        first = group[starts] * np.int32(q)
         for a, j in enumerate(random):
-            factor = self.workspace.factor[:m]
-            np.copyto(factor, F[:, j])
+            products = F.T[:c]
+            if a > 0 or not plain:
+                products = np.multiply(products, F[:, j], out=self.workspace.products[:, :m])
             added = np.zeros((n, k))
-            csr_matvecs(
-                *(n, m, k, ends, self.workspace.rows[:m], factor),
-                *(F.reshape(-1), added.reshape(-1)),
-            )
+            added[:, :c] = np.add.reduceat(products, starts, axis=1).T
             csc_matvecs(
-                *(len(self.WtF) * q, n, k, self.workspace.rows[: n + 1], of_runs + np.int32(a)),
+                *(len(self.WtF) * q, n, k, self.workspace.rows[: n + 1], first + np.int32(a)),
                 *(np.ones(n), added.reshape(-1), self.WtF.reshape(-1)),
             )
 
@@ -279,6 +282,12 @@ class Accumulator:
             reference=self.reference[: self.n_groups] if self.references else None,
             recoding=self.recoding,
         )
+
+
+def _runs(group: NDArray[np.int32]) -> Index | None:
+    """First row of each run of rows of one group; None where runs are short."""
+    heads = np.flatnonzero(group[1:] != group[:-1])
+    return np.concatenate([[0], heads + 1]) if RUN * len(heads) < len(group) else None
 
 
 def _width(q: int, k: int) -> int:

@@ -161,6 +161,7 @@ def parts_moments(
         for table in stream(part, value):
             state.add(block(spec, table, row0 + rows, part.name, state.index))
             rows, nbytes = rows + len(table), nbytes + table.nbytes
+            del table  # its memory is that of the next one
         if told is not None:
             told(i, rows, nbytes)
     return state.moments()

@@ -22,7 +22,6 @@ from dmixed.whitening import frame_change, matrix, original, recoded
 Index: TypeAlias = NDArray[np.intp]
 
 csc_matvecs: Any = _sparsetools.csc_matvecs  # Y += A X for sparse A; scipy has no public name
-csr_matvecs: Any = _sparsetools.csr_matvecs
 
 GROUPS = 4096
 """Groups summed over at a time: they stay in the processor's cache."""

@@ -21,6 +21,7 @@ from dmixed.sources.storages import reason
 
 ONE_BATCH = 2**30  # rows; a row group is decoded into one array, which numpy can then share
 BUFFER = 2**22  # bytes of a column fetched at a time, where rows come in batches
+LOCAL = 2**18  # the same of a local file: they stay in the processor's cache
 PEEK = 2**16  # rows looked through at a time for the first that are wanted
 
 
@@ -215,10 +216,12 @@ def _decoded(piece: Piece, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
 
     What fits into one table is fetched at once, the columns side by side.
     """
-    at_once = piece.rows is not None and piece.rows <= size
+    local = isinstance(piece.place.filesystem, pyarrow.fs.LocalFileSystem)
+    at_once = not local and piece.rows is not None and piece.rows <= size
+    buffer = LOCAL if local else 0 if at_once else BUFFER
     folder = piece.place.folder
     with piece.place.open() as source:
-        file = pq.ParquetFile(source, pre_buffer=at_once, buffer_size=0 if at_once else BUFFER)
+        file = pq.ParquetFile(source, pre_buffer=at_once, buffer_size=buffer)
         present = file.schema_arrow.names
         stored = [name for name in schema.names if name in present]
         fixed = {
