@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmixed.blocks import DesignBlock, Floats
-from dmixed.moments import GroupMoments, Index, csc_matvecs
+from dmixed.moments import GROUPS, GroupMoments, Index, csc_matvecs
 from dmixed.references import rounded
 from dmixed.whitening import matrix, places
 
@@ -139,12 +139,12 @@ class Accumulator:
             runs = _runs(group)
             F = self._recode(self.workspace.columns(block, rows, runs is not None))
             if block.weights is not None:
-                self.plain += F.T @ F
+                self.plain += np.dot(F.T, F)
             if block.references:
                 self._take_references(F[:, : len(self.columns)], group)
             if block.weights is not None:
                 F *= np.sqrt(block.weights[rows])[:, None]
-            self.FtF += F.T @ F
+            self.FtF += np.dot(F.T, F)
             if runs is None:
                 self._scatter(F, group, block.random)
             else:
@@ -158,10 +158,10 @@ class Accumulator:
         k = len(self.columns)
         if len(recoding.columns) == k:
             own = self.workspace.recoded[: len(F)]
-            F[:, :k] = np.matmul(F[:, :k], matrix(recoding, self.columns), out=own)
+            F[:, :k] = np.dot(F[:, :k], matrix(recoding, self.columns), out=own)
             return F
         at = places(recoding, self.columns)
-        F[:, at] = F[:, at] @ np.array(recoding.S)
+        F[:, at] = np.dot(F[:, at], np.array(recoding.S))
         return F
 
     def _take_references(self, F: Floats, group: NDArray[np.int32]) -> None:
@@ -265,7 +265,7 @@ class Accumulator:
     def moments(self) -> GroupMoments:
         """What was added; the accumulator is not to be used afterwards."""
         k = len(self.columns)
-        WtF, counts = self.WtF[: self.n_groups, :, :k], self.counts[: self.n_groups]
+        WtF, counts = _without_padding(self.WtF[: self.n_groups], k), self.counts[: self.n_groups]
         FtF, plain = self.FtF[:k, :k], self.plain[:k, :k]
         if not self.weighted:  # the constant's sums are the counts, exactly
             constant = self.random[0]
@@ -297,6 +297,17 @@ def _width(q: int, k: int) -> int:
     """
     width = next(w for w in range(k, k + LINE // 8) if w * q * 8 % LINE == 0)
     return width if 4 * width <= 5 * k else k
+
+
+def _without_padding(sums: Floats, k: int) -> Floats:
+    """The first k columns of all groups (G, q, width), moved together in the same memory."""
+    G, q, width = sums.shape
+    if width == k:
+        return sums
+    found: Floats = sums.reshape(-1)[: G * q * k].reshape(G, q, k)
+    for start in range(0, G, GROUPS):  # numpy copies what overlaps: here a few groups at most
+        found[start : start + GROUPS] = sums[start : start + GROUPS, :, :k]
+    return found
 
 
 def _aligned_zeros(shape: tuple[int, ...]) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Any
 
@@ -30,7 +30,7 @@ SUMS = 4
 """Sets of columns, as batches with other levels have them, that are summed side by side."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class CellMoments:
     """Everything a model needs of its rows: a design and the moments of its columns.
 
@@ -75,7 +75,7 @@ class CellMoments:
         """Names and coding of all columns, learned over all rows."""
         return self.summary.design
 
-    @property
+    @cached_property
     def summary(self) -> Summary:
         """All but what belongs to single cells: summed as if each shard were on a worker."""
         totals = reduce(add, (shard.totals for shard in self.shards))
@@ -273,9 +273,9 @@ def merge(parts: Sequence[CellMoments]) -> CellMoments:
                 "these moments are of different models and cannot be added: "
                 f"{first.spec.formula.text!r} and {other.spec.formula.text!r}"
             )
-    index = LabelIndex(first.labels.names, first.labels)
-    positions = [np.arange(len(first.labels))]
-    positions += [index.encode(part.labels.arrays).astype(np.intp) for part in parts[1:]]
+    index = LabelIndex(first.labels.names)
+    codes = index.encode(keys.concatenate([part.labels for part in parts]).arrays)
+    positions = np.split(codes.astype(np.intp), np.cumsum([part.n_cells for part in parts[:-1]]))
     labels = index.labels
     group = combine([part.group for part in parts], positions, len(labels))
     levels = _merged_levels([part.levels for part in parts])

@@ -151,10 +151,20 @@ def persisted(client: Any, tasks: Sequence[Delayed], report: Report | None) -> l
 def gather(client: Any, futures: Sequence[Any]) -> list[Any]:
     """Results of futures; cancels them all if one fails."""
     try:
-        return list(client.gather(list(futures)))
+        return list(client.gather(list(futures), direct=_reached(client)))
     except BaseException as error:
         client.cancel(list(futures))
         raise _explained(error) from None
+
+
+def _reached(client: Any) -> bool | None:
+    """Whether workers can be asked for results: those that this process has started.
+
+    From others they come through the scheduler, unless the client was told otherwise.
+    """
+    from distributed import LocalCluster
+
+    return True if isinstance(client.cluster, LocalCluster) else None
 
 
 def _wait(client: Any, futures: list[Any], report: Report | None) -> None:

@@ -49,9 +49,6 @@ from dmixed.sources.partitions import on_their_own
 
 T = TypeVar("T")
 
-SPLIT_EVERY = 4
-"""States added by one task of the tree."""
-
 MANY_FRAMES = 32
 """Dask partitions from which one is counted to estimate the rows of all.
 
@@ -156,7 +153,7 @@ def _summary(moments: CellMoments) -> Summary:
 
 
 def _ahead(plan: PassPlan, client: Any) -> int | None:
-    """Batches of `SPLIT_EVERY` states that may be under way; None for any number.
+    """Batches of `fan` states that may be under way; None for any number.
 
     A worker that waits for pieces of others to add begins with another state meanwhile, and the
     pieces wait until it is done: the more rows, the more pieces. What is under way is bounded, but
@@ -166,8 +163,9 @@ def _ahead(plan: PassPlan, client: Any) -> int | None:
         return None
     there = {} if client is None else client.nthreads()
     threads = sum(there.values()) or os.cpu_count() or 1
-    batches = max(1, threads // SPLIT_EVERY)
-    return batches if SPLIT_EVERY * batches % threads == 0 else batches + 1
+    fan = plan.layout.fan
+    batches = max(1, threads // fan)
+    return batches if fan * batches % threads == 0 else batches + 1
 
 
 def _nothing(*_: Any) -> None:
@@ -190,23 +188,22 @@ def _shards(
     ahead
         batches of states that may be under way
     """
+    fan = plan.fan
     if plan.shards == 1:
-        return [_tree([task(run, None) for run in plan.runs])]
+        return [_tree([task(run, None) for run in plan.runs], fan)]
     bunches = [plan.runs[i : i + plan.bunch] for i in range(0, len(plan.runs), plan.bunch)]
     if plan.coarse == plan.shards:
         batches: list[list[Delayed]] = []  # of each its shards
         done: list[Delayed] = []
-        for i in range(0, len(bunches), SPLIT_EVERY):
+        for i in range(0, len(bunches), fan):
             n = len(done)
             after = None if ahead is None or n < ahead else done[n - ahead]
-            states = [
-                _tree([task(x, after) for x in runs]) for runs in bunches[i : i + SPLIT_EVERY]
-            ]
+            states = [_tree([task(x, after) for x in runs], fan) for runs in bunches[i : i + fan]]
             pieces = [_divided(state, plan.coarse) for state in states]
-            batches.append([_tree(list(column)) for column in zip(*pieces, strict=True)])
+            batches.append([_tree(list(column), fan) for column in zip(*pieces, strict=True)])
             done.append(_nothing_of([_nothing_of([shard]) for shard in batches[-1]]))
-        return [_tree(list(column)) for column in zip(*batches, strict=True)]
-    states = [_tree([task(run, None) for run in runs]) for runs in bunches]
+        return [_tree(list(column), fan) for column in zip(*batches, strict=True)]
+    states = [_tree([task(run, None) for run in runs], fan) for runs in bunches]
     pieces = [_divided(state, plan.coarse) for state in states]
     # Too many states times shards: in two stages, as a radix exchange. Runs of states are added
     # coarse shard by coarse shard, which are no larger than a state, and those are divided again.
@@ -214,9 +211,9 @@ def _shards(
     runs = [pieces[i : i + plan.coarse] for i in range(0, len(pieces), plan.coarse)]
     found = []
     for c in range(plan.coarse):
-        added = [_tree([state[c] for state in run]) for run in runs]
+        added = [_tree([state[c] for state in run], fan) for run in runs]
         again = [_divided(state, fine, plan.coarse) for state in added]
-        found += [_tree(list(column)) for column in zip(*again, strict=True)]
+        found += [_tree(list(column), fan) for column in zip(*again, strict=True)]
     return found
 
 
@@ -385,13 +382,13 @@ def _task(
     return delayed(partial(function, bare), pure=False)(frame, dask_key_name=key)
 
 
-def _tree(tasks: list[Delayed]) -> Delayed:
+def _tree(tasks: list[Delayed], fan: int) -> Delayed:
     """Sum of all moments by a tree fixed by position."""
     add_up = delayed(_merge_all, pure=False)
     while len(tasks) > 1:
         tasks = [
-            add_up(*tasks[i : i + SPLIT_EVERY], dask_key_name=unique_key("dmixed-merge"))
-            for i in range(0, len(tasks), SPLIT_EVERY)
+            add_up(*tasks[i : i + fan], dask_key_name=unique_key("dmixed-merge"))
+            for i in range(0, len(tasks), fan)
         ]
     return tasks[0]
 

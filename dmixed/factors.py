@@ -184,7 +184,7 @@ def _centred(moments: GroupMoments, start: int, stop: int) -> tuple[Floats, Floa
     if moments.reference is not None:
         T[0] += moments.reference[start:stop].T * root
     R[0] = T[0, random]
-    taken = sums @ sums.T
+    taken = np.dot(sums, sums.T)
     for a in range(1, r):
         column = random[a]
         T[a] = WtF[a] - s[column] / n * s
@@ -195,7 +195,7 @@ def _centred(moments: GroupMoments, start: int, stop: int) -> tuple[Floats, Floa
         inverse = np.divide(1.0, np.sqrt(np.where(ok, pivot, 1.0)), where=ok, out=np.zeros(g))
         T[a] *= inverse
         R[a, a:] = T[a, random[a:]]
-        taken += T[a] @ T[a].T
+        taken += np.dot(T[a], T[a].T)
     rank = int(np.count_nonzero(np.einsum("aag->ag", R)))
     rows = int(moments.counts[start:stop].sum())
     return R, T, Within(WtF.sum(axis=2), taken, rank, rows)
@@ -287,8 +287,8 @@ def one_level(moments: GroupMoments, model: Coordinates) -> Shard:
     for start, stop in _chunks(moments.n_groups):
         R, T, own = _centred(moments, start, stop)
         for a in range(r):
-            np.matmul(W.T, R[a], out=RT[a, :q, start:stop])
-            np.matmul(model.F.T, T[a], out=RT[a, q:, start:stop])
+            RT[a, :q, start:stop] = np.dot(W.T, R[a])
+            RT[a, q:, start:stop] = np.dot(model.F.T, T[a])
         found = own if found is None else found + own
     assert found is not None
     part = OneLevel(RT)

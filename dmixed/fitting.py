@@ -234,7 +234,8 @@ def find_optimum(
 
     def objective() -> Objective:
         return Objective(
-            lambda root: criterion(factors, terms(root), reml),
+            terms,
+            lambda found: criterion(factors, found, reml),
             factors.blocks,
             search.callback,
             kept,
@@ -279,7 +280,7 @@ def _of_a_sample(factors: Factors, reml: bool, kept: Floats | None) -> tuple[Flo
     if sample is None or sample.nobs - sample.rank_random <= FEW_ROWS:
         return None
     terms = Evaluator(sample)
-    own = Objective(lambda root: criterion(sample, terms(root), reml), sample.blocks, None, kept)
+    own = Objective(terms, lambda found: criterion(sample, found, reml), sample.blocks, None, kept)
     try:
         root, summary, _ = optimize(own, _started(sample, own))
     except np.linalg.LinAlgError:

@@ -25,8 +25,8 @@ Whole = NDArray[np.int64]
 RUN = 8
 """Equal integers one after the other, on average, from which one of each run is looked up."""
 
-SPARSE = 8
-"""Numbers that a table may have for each row seen, before integers go to hash tables."""
+SPARSE = 16
+"""Numbers that a table may have for each label, or row of a batch; beyond are hash tables."""
 
 SMALL, PART, PARTS = 2**16, 2**14, 256
 """Size of a table that is always allowed; labels of a hash table; hash tables at most."""
@@ -218,7 +218,6 @@ class _Integers:
     def __init__(self, kind: pa.DataType) -> None:
         self.kind = kind
         self._keys, self._n = np.empty(0, np.int64), 0
-        self._rows = 0
         self._low, self._table = 0, np.empty(0, np.int32)
         self._parts: list[_Part] | None = None
 
@@ -241,7 +240,6 @@ class _Integers:
     def start(self, array: pa.Array | Whole) -> None:
         values = array if isinstance(array, np.ndarray) else _integers(array)
         self._append(values)
-        self._rows += len(values)
         if len(values) and self._room(values):
             self._table[values - self._low] = np.arange(len(values), dtype=np.int32)
         elif len(values):
@@ -251,7 +249,6 @@ class _Integers:
         """Number of each integer; those not met before get the next ones."""
         if len(values) == 0:
             return np.empty(0, np.int32)
-        self._rows += len(values)
         heads = np.flatnonzero(values[1:] != values[:-1])
         if RUN * len(heads) < len(values):  # equal ones lie together: one of each run is enough
             ends = np.concatenate([heads + 1, [len(values)]])
@@ -281,7 +278,7 @@ class _Integers:
         if held:
             low, high = min(low, self._low), max(high, self._low + held - 1)
         size = high - low + 1
-        if size > max(SMALL, SPARSE * self._rows):
+        if size > max(SMALL, SPARSE * max(self._n, len(values))):
             return False
         if size > held:
             table = np.full(size, -1, np.int32)

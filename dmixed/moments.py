@@ -106,10 +106,7 @@ class GroupMoments:
     @property
     def gram(self) -> Floats:
         """(k, k): FtF about zero."""
-        if self.reference is None:
-            return self.FtF
-        delta = self.reference.astype(np.float64)
-        return np.asarray(self.FtF + change_of_total(self.WtF, self.random, delta))
+        return np.asarray(self.FtF + self._change())
 
     @property
     def unweighted(self) -> Floats:
@@ -139,8 +136,7 @@ class GroupMoments:
             random=self.random,
             frame=self.frame,
             FtF=self.FtF,
-            gram=self.gram,
-            unweighted=self.unweighted,
+            change=self._change(),
             plain=self.plain,
             between=self._between(),
             n_groups=self.n_groups,
@@ -154,13 +150,19 @@ class GroupMoments:
             referenced=self.reference is not None,
         )
 
+    def _change(self) -> Floats:
+        """(k, k): what FtF about zero has besides."""
+        if self.reference is None:
+            return np.zeros_like(self.FtF)
+        return change_of_total(self.WtF, self.random, self.reference.astype(np.float64))
+
     def _between(self) -> Floats:
         """(k, k): sum over groups of s s' / n, s the sums of a group about its reference."""
         found = np.zeros((len(self.columns),) * 2)
         for start in range(0, self.n_groups, GROUPS):
             sums = self.WtF[start : start + GROUPS, 0]
             sums = sums / np.sqrt(sums[:, self.random[0]])[:, None]
-            found += sums.T @ sums
+            found += np.dot(sums.T, sums)
         return found
 
     def part(self, start: int, stop: int) -> GroupMoments:
@@ -171,8 +173,9 @@ class GroupMoments:
 
     def take(self, groups: Index) -> GroupMoments:
         """Some of the groups, in this order; the sums over all rows stay as they are."""
-        own = None if self.reference is None else self.reference[groups]
-        return replace(self, WtF=self.WtF[groups], counts=self.counts[groups], reference=own)
+        own = None if self.reference is None else self.reference.take(groups, axis=0)
+        WtF, counts = self.WtF.take(groups, axis=0), self.counts.take(groups)
+        return replace(self, WtF=WtF, counts=counts, reference=own)
 
     def __add__(self, other: GroupMoments) -> GroupMoments:
         """Moments of both sets of rows, for the same groups in the same order."""
@@ -188,12 +191,15 @@ class GroupMoments:
 class Totals:
     """Sums over all groups of some moments; kilobytes, whatever the number of groups.
 
+    Every sum is one over shards in their order: the bits do not tell whether the sums over all
+    rows are in the first of them, or spread.
+
     Attributes
     ----------
     columns, random, frame, FtF, plain, log_weights
         see `GroupMoments`
-    gram, unweighted
-        (k, k): FtF about zero, and without row weights
+    change
+        (k, k): what FtF about zero has besides
     between
         (k, k): sum over groups of s s' / n, s the sums of a group about its reference
     n_groups, nobs, nbytes
@@ -210,8 +216,7 @@ class Totals:
     random: tuple[int, ...]
     frame: Frame
     FtF: Floats
-    gram: Floats
-    unweighted: Floats
+    change: Floats
     plain: Floats
     between: Floats
     n_groups: int
@@ -224,6 +229,16 @@ class Totals:
     weighted: bool
     referenced: bool
 
+    @property
+    def gram(self) -> Floats:
+        """(k, k): FtF about zero."""
+        return np.asarray(self.FtF + self.change)
+
+    @property
+    def unweighted(self) -> Floats:
+        """(k, k): FtF about zero, without row weights and recoding."""
+        return original(self.recoding, self.columns, self.plain if self.weighted else self.gram)
+
     def coded(self, T: Floats) -> Floats:
         """Coefficients of the columns as they were summed, for those T (k, ...) of the columns."""
         return recoded(self.recoding, self.columns, T)
@@ -231,7 +246,7 @@ class Totals:
     def __add__(self, other: Totals) -> Totals:
         """Totals of both sets of groups, which have the same columns."""
         assert (self.columns, self.frame) == (other.columns, other.frame)
-        names = ("FtF", "gram", "unweighted", "plain", "between", "n_groups", "nobs")
+        names = ("FtF", "change", "plain", "between", "n_groups", "nobs")
         sums = {
             name: getattr(self, name) + getattr(other, name)
             for name in (*names, "log_weights", "nbytes")
@@ -255,7 +270,7 @@ def combine(
     random_labels = {part.columns[j] for part in parts for j in part.random}
     random = tuple(j for j, column in enumerate(columns) if column in random_labels)
     k, q = len(columns), len(random)
-    WtF, FtF = np.zeros((n_groups, q, k)), np.zeros((k, k))
+    WtF, FtF, filled = np.empty((n_groups, q, k)), np.zeros((k, k)), 0
     weighted = any(part.plain is not part.FtF for part in parts)
     plain = np.zeros((k, k)) if weighted else FtF
     counts = np.zeros(n_groups, dtype=np.int64)
@@ -269,14 +284,14 @@ def combine(
         own = part.WtF, part.FtF
         if common is not None:
             own = common.moved(*own, part.random, part.reference, position, to_k)
-        if np.array_equal(to_k, np.arange(k)) and np.array_equal(to_q, np.arange(q)):
-            _add_at(WtF, position, own[0])
-        else:
-            WtF[np.ix_(position, to_q, to_k)] += own[0]
+        same = np.array_equal(to_k, np.arange(k)) and np.array_equal(to_q, np.arange(q))
+        if len(position):
+            filled = _add_at(WtF, filled, position, own[0], None if same else (to_q, to_k))
         FtF[np.ix_(to_k, to_k)] += own[1]
         if weighted:
             plain[np.ix_(to_k, to_k)] += part.gram if part.plain is part.FtF else part.plain
         counts[position] += part.counts
+    WtF[filled:] = 0.0
     log_weights = float(sum(part.log_weights for part in parts))
     reference = None if common is None else common.values
     return GroupMoments(
@@ -285,16 +300,42 @@ def combine(
     )
 
 
-def _add_at(sums: Floats, position: Index, values: Floats) -> None:
-    """``sums[position] += values`` along the first axis, in place, each position once."""
-    n, size = len(values), values[0].size if len(values) else 0
-    step = np.diff(position)
-    if n and position[0] + n - 1 == position[-1] and (step == 1).all():
-        sums[position[0] : position[-1] + 1] += values
-    elif n:  # faster than numpy's by three passes, and it releases the GIL
+def _add_at(
+    sums: Floats,
+    filled: int,
+    position: Index,
+    values: Floats,
+    columns: tuple[Index, Index] | None = None,
+) -> int:
+    """``sums[position] += values`` along the first axis, in place, each position once.
+
+    Parameters
+    ----------
+    filled
+        rows from here on hold nothing yet
+    columns
+        places of the values along the other axes, if they are not all
+
+    Returns
+    -------
+    filled
+        of the sums as they are now
+    """
+    n, first, end = len(values), int(position[0]), int(position.max()) + 1
+    side_by_side = columns is None and end - first == n and bool((np.diff(position) == 1).all())
+    if side_by_side and first == filled:
+        sums[first:end] = values
+        return end
+    sums[filled:end] = 0.0
+    if side_by_side:
+        sums[first:end] += values
+    elif columns is not None:
+        sums[np.ix_(position, *columns)] += values
+    else:  # faster than numpy's by three passes, and it releases the GIL
         ones, indptr = np.ones(n), np.arange(n + 1, dtype=np.int32)
         flat = np.ascontiguousarray(values).reshape(-1), sums.reshape(-1)
-        csc_matvecs(len(sums), n, size, indptr, position.astype(np.int32), ones, *flat)
+        csc_matvecs(len(sums), n, values[0].size, indptr, position.astype(np.int32), ones, *flat)
+    return max(filled, end)
 
 
 def _union(parts: Sequence[GroupMoments]) -> tuple[Column, ...]:

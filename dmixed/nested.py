@@ -260,7 +260,7 @@ def _terms(blocks: Blocks, at: Solved, root: Floats, order: int) -> ProfileTerms
 def _gram(left: Floats, right: Floats) -> Floats:
     """Sum over clusters and columns of left' right, (k, k)."""
     k = left.shape[2]
-    return np.asarray(left.reshape(-1, k).T @ right.reshape(-1, k))
+    return np.asarray(np.dot(left.reshape(-1, k).T, right.reshape(-1, k)))
 
 
 def _pairs_of(blocks: Blocks, block: int) -> list[tuple[int, int, int]]:

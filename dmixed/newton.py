@@ -23,6 +23,9 @@ from dmixed.likelihood import Criterion
 DECREMENT = 1e-10
 """Newton decrement g'H^-1 g, deviance units, at which to stop: 7e-6 standard errors."""
 
+CLOSE = 1e-8
+"""Last step, relative to standard deviations, after which the criterion is expanded."""
+
 
 class Evaluations(Protocol):
     """What the method needs of an objective."""
@@ -39,6 +42,10 @@ class Evaluations(Protocol):
 
     def at(self, root: Floats) -> Criterion | None:
         """Criterion at a root of Psi, None where it is not defined."""
+        ...
+
+    def near(self, at: Criterion, root: Floats, new: Floats) -> Criterion:
+        """Criterion at a root ``new`` within `CLOSE` of another, from the criterion there."""
         ...
 
 
@@ -132,8 +139,9 @@ def minimize_rebased(
     """Re-based trust-region Newton, as a custom method of `scipy.optimize.minimize`.
 
     Stops when the Hessian is positive semi-definite and the Newton decrement is at most
-    `DECREMENT`; that last step is taken and evaluated. Below the rounding level of the criterion
-    its differences mean nothing and steps are judged by the gradient.
+    `DECREMENT`; that last step is taken and evaluated, or expanded if it is within `CLOSE`. Below
+    the rounding level of the criterion its differences mean nothing and steps are judged by the
+    gradient.
     """
     del fun, x0, args
     blocks = objective.blocks
@@ -152,6 +160,10 @@ def minimize_rebased(
         last = decrement <= DECREMENT
         length = float(np.linalg.norm(step))
         root = point.moved(blocks, step)
+        if last and length <= CLOSE:
+            point = Point.of(blocks, objective.near(point.at, point.root, root), root)
+            reason, success = "Newton decrement below tolerance", True
+            break
         at = objective.at(root)
         if at is None:
             radius = 0.25 * length

@@ -48,7 +48,7 @@ class OneLevel:
 def solved(RT: Floats, root: Floats) -> tuple[Floats, Floats]:
     """``[Y U]`` (r, q + k, g) and the diagonal of C (r, g) for a slice of groups."""
     r, q = RT.shape[0], len(root)
-    M = np.matmul(root.T, RT[:, :q])  # rows of R L
+    M = [np.dot(root.T, R_j) for R_j in RT[:, :q]]  # rows of R L
     V, diagonal = np.empty_like(RT), np.empty((r, RT.shape[2]))
     C: dict[tuple[int, int], Floats] = {}
     for j in range(r):
@@ -134,7 +134,7 @@ def one_level_terms(
             logs *= part.times[first:last]
         logdet += 2.0 * float(logs.sum())
         for U_j in V[:, q:]:
-            UtU += U_j @ U_j.T
+            UtU += np.dot(U_j, U_j.T)
         if order == 0:
             continue
         Y, U = V[:, :q], V[:, q:]
@@ -142,12 +142,12 @@ def one_level_terms(
         Q = np.einsum("tag,tkg->akg", Y, U).reshape(q * k, -1)
         own = P_g if part.times is None else P_g * part.times[first:last]
         P[rows, columns] += own.sum(axis=1)
-        QtQ += Q @ Q.T
+        QtQ += np.dot(Q, Q.T)
         if order == 1:
             continue
-        PP += own @ P_g.T
+        PP += np.dot(own, P_g.T)
         for x in range(h):
-            PQtQ[x] += (Q * P_g[x]) @ Q.T
+            PQtQ[x] += np.dot(Q * P_g[x], Q.T)
     sums = _Sums(P + np.tril(P, -1).T, QtQ.reshape(q, k, q, k), PP, PQtQ.reshape(h, q, k, q, k))
     return _along_pairs(blocks, order, logdet, UtU, sums)
 

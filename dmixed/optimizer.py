@@ -16,6 +16,7 @@ from dmixed.blocks import Floats
 from dmixed.covariance import Blocks, rebase, root_derivatives
 from dmixed.likelihood import Criterion
 from dmixed.newton import Point, minimize_rebased, newton_decrement
+from dmixed.terms import ProfileTerms
 
 SCIPY_METHODS = (
     "Nelder-Mead", "Powell", "CG", "BFGS", "Newton-CG", "L-BFGS-B", "TNC", "COBYLA", "COBYQA",
@@ -155,12 +156,13 @@ class OptimizeSummary:
 class Objective:
     """The criterion as optimisers want it; counts evaluations and keeps the path.
 
-    ``evaluate`` maps a root (q, q) of Psi to a `Criterion`; ``theta`` stands for the free entries
-    of the lower triangle of a root in the same (natural) basis, ``kept`` (q, q) for a root of the
-    blocks that are held (zero by default).
+    ``terms`` maps a root (q, q) of Psi to the sums over groups, ``criterion`` these to a
+    `Criterion`; ``theta`` stands for the free entries of the lower triangle of a root in the same
+    (natural) basis, ``kept`` (q, q) for a root of the blocks that are held (zero by default).
     """
 
-    evaluate: Callable[[Floats], Criterion]
+    terms: Callable[[Floats], ProfileTerms]
+    criterion: Callable[[ProfileTerms], Criterion]
     blocks: Blocks
     callback: Callable[[int, Step], None] | None = None
     kept: Floats | None = None
@@ -174,7 +176,7 @@ class Objective:
         if key in self._recent:
             return self._recent[key]
         try:
-            found: Criterion | None = self.evaluate(root)
+            found: Criterion | None = self.criterion(self.terms(root))
         except np.linalg.LinAlgError:
             found = None
         if found is not None and not (
@@ -193,10 +195,21 @@ class Objective:
         self.path.append(step)
         if self.callback is not None:
             self.callback(len(self.path), step)
+        self._keep(key, found)
+        return found
+
+    def near(self, at: Criterion, root: Floats, new: Floats) -> Criterion:
+        """Criterion at a root next to another one, expanded from the criterion there."""
+        change = new @ new.T - root @ root.T
+        step = np.array([change[a, b] for a, b in self.blocks.pairs])
+        found = self.criterion(at.terms.expanded(step))
+        self._keep(new.tobytes(), found)
+        return found
+
+    def _keep(self, key: bytes, found: Criterion | None) -> None:
         self._recent[key] = found
         if len(self._recent) > 4:
             self._recent.pop(next(iter(self._recent)))
-        return found
 
     @property
     def evaluations(self) -> int:

@@ -34,6 +34,9 @@ STATE = 2**29
 WHOLE, SHARD, SHARDS = 2**25, 2**27, 8
 """Bytes of all moments that are not divided; of a shard; shards at least, if there are any."""
 
+FEW, MANY, TOGETHER = 4, 16, 2**25
+"""States added by one task, at least and at most; bytes of those that are more than few."""
+
 SMALL_FRAME = 2**16
 """Rows of a Dask partition up to which a task may compute several of them."""
 
@@ -95,6 +98,8 @@ class Layout:
         shards that states are divided into first; all of them, unless there are too many
     shards
         a power of two
+    fan
+        states, or shards of them, that are added by one task
     expected
         estimate of the groups that a task meets
     """
@@ -103,6 +108,7 @@ class Layout:
     bunch: int
     coarse: int
     shards: int
+    fan: int
     expected: int
 
     def __post_init__(self) -> None:
@@ -248,7 +254,8 @@ def layout(
     coarse = shards
     if math.ceil(tasks / bunch) * shards > PIECES:
         coarse = 1 << shards.bit_length() // 2
-    return Layout(runs, bunch, coarse, shards, expected)
+    fan = TOGETHER * coarse // (expected * size) if expected else FEW
+    return Layout(runs, bunch, coarse, shards, min(max(fan, FEW), MANY), expected)
 
 
 def divisible(spec: DesignSpec) -> bool:

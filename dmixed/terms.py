@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 from dmixed.blocks import Floats
 
 
@@ -48,3 +50,19 @@ class ProfileTerms:
         names = [field.name for field in fields(self)][1:]
         sums = [getattr(self, name) + getattr(other, name) for name in names]
         return ProfileTerms(self.order, *sums)
+
+    def expanded(self, step: Floats) -> ProfileTerms:
+        """The terms after a step (m,) in the entries of Psi so small that its cube is rounding.
+
+        A Taylor expansion; the second derivatives stay as they are.
+        """
+        assert self.order == 2
+        return ProfileTerms(
+            self.order,
+            self.logdet + float((self.first + 0.5 * self.second @ step) @ step),
+            self.FtHiF + np.tensordot(step, self.dF + 0.5 * np.tensordot(step, self.d2F, 1), 1),
+            self.first + self.second @ step,
+            self.second,
+            self.dF + np.tensordot(step, self.d2F, 1),
+            self.d2F,
+        )

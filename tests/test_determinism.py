@@ -18,7 +18,7 @@ from dmixed import onelevel, planning, preparation
 from dmixed.sources import base
 
 ROWS, GROUPS, PARTS = 12_000, 900, 24
-FEW = 64
+FEW = 128
 """Groups from which equal ones are put together here."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

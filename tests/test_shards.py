@@ -14,7 +14,8 @@ from dmixed import keys, onelevel, planning
 from dmixed.cellmoments import join, split
 from dmixed.evaluation import Evaluator
 from dmixed.executor import plan_pass
-from dmixed.fitting import fit
+from dmixed.fitting import Search, fit
+from dmixed.newton import CLOSE
 from dmixed.onelevel import OneLevel, merged
 from dmixed.preparation import prepare
 
@@ -278,3 +279,28 @@ def test_a_sample_without_variance_is_no_start():
     a, b = fit(whole), fit(parts)
     assert a.value == pytest.approx(b.value, abs=1e-7)
     assert np.allclose(a.theta, b.theta, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_a_small_step_is_expanded_as_if_it_were_evaluated(formula):
+    """The last step of a search: value, derivatives and the matrices that estimates come from."""
+    factors = prepare(moments(formula, table())).problem.factors
+    blocks, terms = factors.blocks, Evaluator(factors)
+    root = blocks.root(np.linspace(0.9, 0.4, len(blocks.theta_pairs)))
+    moved = root * (1 + CLOSE)
+    change = moved @ moved.T - root @ root.T
+    found = terms(root).expanded(np.array([change[a, b] for a, b in blocks.pairs]))
+    there = terms(moved)
+    digits = {"logdet": 14, "FtHiF": 14, "first": 13, "dF": 13, "second": 7, "d2F": 7}
+    for name, kept in digits.items():
+        one, other = getattr(found, name), getattr(there, name)
+        assert np.abs(one - other).max() <= 10.0**-kept * np.abs(other).max(), name
+    assert terms(root).logdet != there.logdet
+
+
+def test_a_search_from_its_end_takes_one_evaluation():
+    prepared = prepare(moments(FORMULAS[0], table()))
+    first = fit(prepared)
+    again = fit(prepared, search=Search(start=first.variances.Psi))
+    assert again.summary.evaluations == 1
+    assert again.value == pytest.approx(first.value, abs=1e-11)
