@@ -18,7 +18,7 @@ CHUNK = 16_384
 RUN = 8
 """Rows of a group one after the other, on average, from which they are added up by runs."""
 
-LINE, CACHE, FETCH = 64, 2**23, 2**18
+LINE, CACHE, FETCH = 64, 2**23, 2**17
 """Bytes of a cache line; of sums that the cache holds; of sums fetched into it at a time."""
 
 
@@ -41,7 +41,7 @@ class _Workspace:
         self.by_row, self.by_column = np.zeros((size, width)), np.zeros((width, size)).T
         self.shifted = np.empty((v, size))
         self.product, self.inside = np.empty(size), np.empty(size, dtype=np.bool_)
-        self.W, self.where = np.empty((size, q)), np.empty((size, q), dtype=np.int32)
+        self.W, self.where = np.ones((size, q)), np.empty((size, q), dtype=np.int32)
         self.indptr = np.arange(0, size * q + 1, q, dtype=np.int32)
         self.place = np.empty(size, dtype=np.int64)
         self.rows, self.products = np.arange(size + 1, dtype=np.int32), np.empty((k, size))
@@ -114,6 +114,7 @@ class Accumulator:
         self.log_weights = 0.0
 
         self.references, self.recoding = block.references, block.recoding
+        self.counting = not self.weighted and self.recoding is None  # the first of W is 1
         # the constant and the cells of categories have reference 0
         self.varying = np.array([r.cells < 0 and bool(r.powers) for r in block.recipes])
         self.reference = np.zeros((0, k), dtype=np.float32)
@@ -184,14 +185,16 @@ class Accumulator:
         (m, k), q = F.shape, len(random)
         W, where = self.workspace.W[:m], self.workspace.where[:m]
         for a, j in enumerate(random):
-            W[:, a] = F[:, j]
+            if a > 0 or not self.counting:
+                W[:, a] = F[:, j]
             np.multiply(group, np.int32(q), out=where[:, a])
             where[:, a] += np.int32(a)
         step, sums = m, self.WtF.reshape(-1)
         far = sums.nbytes > CACHE
         if far:
             step = max(FETCH // (8 * q * k), 1)
-            lines = np.unique([*range(0, q * k, 8), q * k - 1])
+            ends = [] if q * k * 8 % LINE == 0 else [q * k - 1]
+            lines = [*range(0, q * k, LINE // 8), *ends]
         for start in range(0, m, step):
             part = slice(start, min(start + step, m))
             size = part.stop - start
@@ -215,11 +218,10 @@ class Accumulator:
             first row of each run
         """
         (m, k), c, q, n = F.shape, len(self.columns), len(random), len(starts)
-        plain = not self.weighted and self.recoding is None  # the first random column is 1
         first = group[starts] * np.int32(q)
         for a, j in enumerate(random):
             products = F.T[:c]
-            if a > 0 or not plain:
+            if a > 0 or not self.counting:
                 products = np.multiply(products, F[:, j], out=self.workspace.products[:, :m])
             added = np.zeros((n, k))
             added[:, :c] = np.add.reduceat(products, starts, axis=1).T
@@ -228,7 +230,7 @@ class Accumulator:
                 *(np.ones(n), added.reshape(-1), self.WtF.reshape(-1)),
             )
 
-    def _fetch(self, sums: Floats, group: NDArray[np.int32], lines: Index) -> None:
+    def _fetch(self, sums: Floats, group: NDArray[np.int32], lines: list[int]) -> None:
         """Bring the sums of some rows' groups into the cache.
 
         Adding to them would wait for memory group by group; reading one number of each cache line
@@ -237,7 +239,7 @@ class Accumulator:
         place, read = self.workspace.place[: len(group)], self.workspace.product[: len(group)]
         np.multiply(group, self.WtF[0].size, out=place)
         before = 0
-        for line in lines.tolist():
+        for line in lines:
             place += line - before
             sums.take(place, out=read, mode="clip")  # "raise" would make a copy of out
             before = line

@@ -27,7 +27,7 @@ from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS, OneLevel
 from dmixed.terms import ProfileTerms
 
-SLICE = 32 * GROUPS
+SLICE = 16 * GROUPS
 """Groups of one factor evaluated by one task."""
 
 FEW_CLUSTERS = 1024

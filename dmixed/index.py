@@ -25,6 +25,9 @@ Whole = NDArray[np.int64]
 RUN = 8
 """Equal integers one after the other, on average, from which one of each run is looked up."""
 
+CHUNK = 2**14
+"""Integers looked up at a time: their places stay in the processor's cache."""
+
 SPARSE = 16
 """Numbers that a table may have for each label, or row of a batch; beyond are hash tables."""
 
@@ -249,11 +252,10 @@ class _Integers:
         """Number of each integer; those not met before get the next ones."""
         if len(values) == 0:
             return np.empty(0, np.int32)
-        heads = np.flatnonzero(values[1:] != values[:-1])
-        if RUN * len(heads) < len(values):  # equal ones lie together: one of each run is enough
-            ends = np.concatenate([heads + 1, [len(values)]])
-            return np.repeat(self._encoded(values[ends - 1]), np.diff(ends, prepend=0))
-        return self._encoded(values)
+        ends = _runs(values) if _runs(values[:CHUNK]) is not None else None
+        if ends is None:
+            return self._encoded(values)
+        return np.repeat(self._encoded(values[ends - 1]), np.diff(ends, prepend=0))
 
     def _encoded(self, values: Whole) -> Codes:
         if self._parts is None and not self._room(values):
@@ -287,15 +289,22 @@ class _Integers:
         return True
 
     def _by_table(self, values: Whole) -> Codes:
-        at = values - self._low
-        codes = self._table.take(at)
+        codes = self._looked_up(values)
         if codes.min() < 0:
             fresh = np.zeros(len(self._table), np.bool_)
-            fresh[at[codes < 0]] = True
+            fresh[values[codes < 0] - self._low] = True
             new = np.flatnonzero(fresh)
             self._table[new] = np.arange(self._n, self._n + len(new), dtype=np.int32)
             self._append(new + self._low)
-            codes = self._table.take(at)
+            codes = self._looked_up(values)
+        return codes
+
+    def _looked_up(self, values: Whole) -> Codes:
+        codes, at = np.empty(len(values), np.int32), np.empty(CHUNK, np.int64)
+        for start in range(0, len(values), CHUNK):
+            some = values[start : start + CHUNK]
+            place = np.subtract(some, self._low, out=at[: len(some)])
+            self._table.take(place, out=codes[start : start + CHUNK], mode="clip")
         return codes
 
     # ------------------------------------------------------------------ anywhere
@@ -339,6 +348,12 @@ class _Integers:
             part.extend(new, np.arange(self._n, self._n + len(new), dtype=np.int32))
             self._append(new)
         return part.numbers.take(at)
+
+
+def _runs(values: Whole) -> NDArray[np.intp] | None:
+    """Where runs of equal integers end; None where they are short."""
+    last = np.flatnonzero(values[1:] != values[:-1])
+    return np.append(last + 1, len(values)) if RUN * len(last) < len(values) else None
 
 
 class _Part:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dmixed import keys
 from dmixed.blocks import CONSTANT, RESPONSE, Codes, Column, DesignBlock, Floats, Level, Recipe
 from dmixed.design.coding import MAX_COLUMNS
-from dmixed.design.columns import Factor, Rows, check_levels, kind_of, not_finite
+from dmixed.design.columns import Factor, Rows, check_levels, kind_of
 from dmixed.design.recoding import FactorLevels
 from dmixed.design.spans import Category
 from dmixed.design.spec import DesignSpec, Input, Need
@@ -144,7 +144,7 @@ def block(
             variables.append(rows.variable(item))
             if not isinstance(item.node, Name):
                 text = spec.formula.response_text if item.name == RESPONSE else item.name
-                complete.drop(f"{text}: not finite", not_finite(variables[-1]))
+                complete.drop(f"{text}: not finite", rows.not_finite(variables[-1]))
     group, labels = _groups(spec, rows, complete, index)
     weights = None
     if spec.weights is not None:
@@ -225,7 +225,7 @@ def _check_weights(spec: DesignSpec, weights: Floats | None, complete: _Complete
 
 def _check_sizes(spec: DesignSpec, variables: Sequence[Floats], complete: _Complete) -> None:
     """Refuse values, of complete rows, so large that the cross-products would overflow."""
-    if _plainly_small(spec, variables):
+    if _plainly_small(spec, variables, complete.rows):
         return
     digits: dict[str, float] = {}
     frame = zip(spec.frame.names, spec.frame.shift, spec.frame.scale, variables, strict=True)
@@ -251,11 +251,11 @@ def _check_sizes(spec: DesignSpec, variables: Sequence[Floats], complete: _Compl
             )
 
 
-def _plainly_small(spec: DesignSpec, variables: Sequence[Floats]) -> bool:
+def _plainly_small(spec: DesignSpec, variables: Sequence[Floats], rows: Rows) -> bool:
     """Whether norms tell that nothing overflows: no value is larger, and one is found faster."""
     frame = zip(spec.frame.names, spec.frame.shift, spec.frame.scale, variables, strict=True)
     with np.errstate(over="ignore"):
-        bounds = {n: (abs(shift) + _norm(x)) / scale for n, shift, scale, x in frame}
+        bounds = {n: (abs(shift) + rows.norm(x)) / scale for n, shift, scale, x in frame}
     if not all(bound <= MAX_SIZE for bound in bounds.values()):
         return False
     digits = {name: math.log10(max(bound, 1.0)) for name, bound in bounds.items()}
@@ -264,11 +264,6 @@ def _plainly_small(spec: DesignSpec, variables: Sequence[Floats]) -> bool:
         for need in spec.needs
         for monomial in need.monomials
     )
-
-
-def _norm(values: Floats) -> float:
-    """Euclidean norm; infinite where a square overflows."""
-    return math.sqrt(float(np.dot(values, values)))
 
 
 def _regroup(group: Codes, labels: keys.Labels) -> tuple[Codes, keys.Labels]:

@@ -101,6 +101,7 @@ class Rows:
     context: Context = field(default_factory=dict)
     where: str = ""
     _numbers: dict[str, Floats] = field(default_factory=dict)
+    _norms: dict[str, float] = field(default_factory=dict)
     _factors: dict[Node, Factor] = field(default_factory=dict)
     _splines: dict[Node, list[Floats]] = field(default_factory=dict)
 
@@ -165,7 +166,23 @@ class Rows:
             ):  # before pyarrow 26 is_null looks at the codes only
                 column = column.cast(column.type.value_type)
             return column.is_null().to_numpy() if column.null_count else None
-        return not_finite(self.number(name))
+        return self.not_finite(self.number(name))
+
+    def norm(self, values: Floats) -> float:
+        """Euclidean norm, of a column found once; infinite where a square overflows."""
+        name = next((name for name, own in self._numbers.items() if own is values), None)
+        if name is None:
+            return _norm(values)
+        if name not in self._norms:
+            self._norms[name] = _norm(values)
+        return self._norms[name]
+
+    def not_finite(self, values: Floats) -> NDArray[np.bool_] | None:
+        """(n,) where values are NaN or infinite; None if nowhere, found without a mask."""
+        if np.isfinite(self.norm(values)):  # twice as fast as a sum
+            return None
+        bad = ~np.isfinite(values)
+        return bad if bad.any() else None
 
     def variable(self, variable: Variable) -> Floats:
         """(n,) values of a variable, not shifted."""
@@ -253,13 +270,9 @@ class Rows:
         return [np.where(good, np.asarray(basis[key])[:-1], np.nan) for key in basis]
 
 
-def not_finite(values: Floats) -> NDArray[np.bool_] | None:
-    """(n,) where values are NaN or infinite; None if nowhere, found without a mask."""
+def _norm(values: Floats) -> float:
     with np.errstate(all="ignore"):
-        if np.isfinite(np.dot(values, values)):  # twice as fast as a sum
-            return None
-    bad = ~np.isfinite(values)
-    return bad if bad.any() else None
+        return float(np.sqrt(np.dot(values, values)))
 
 
 def _keep_missing(result: Any, *values: Any) -> Any:
