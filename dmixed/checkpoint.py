@@ -39,7 +39,7 @@ from dmixed.preparation import Prepared
 from dmixed.progress import Report
 from dmixed.provenance import SourceState, comparable, differences, source_state
 from dmixed.records import made_record, record_bytes, record_checksum
-from dmixed.sources import Source
+from dmixed.sources import Source, paths_of
 
 PROGRESS = "progress.json"
 SCHEMA = "dmixed-fit-progress/1"
@@ -328,12 +328,12 @@ def open_checkpoint(
         return None
     if not isinstance(place, str | os.PathLike) or not os.fspath(place):
         raise DataError(f"checkpoint={place!r}: must be a directory, as a path or URI")
-    location = os.fspath(data) if isinstance(data, str | os.PathLike) else ""
+    paths = paths_of(data)
     folder = Folder.at(place)
     scheme = folder.location.partition("://")[0]
-    if "://" in folder.location and location.startswith(f"{scheme}://"):
+    if "://" in folder.location and any(path.startswith(f"{scheme}://") for path in paths):
         folder = Folder.at(place, storage_options)
-    if location and lies_within(folder.location, location):
+    if any(path and lies_within(folder.location, path) for path in paths):
         raise DataError(
             f"checkpoint {folder.name} lies among the data, and would be read as data the next "
             "time: choose a directory elsewhere, or one whose name begins with '_'"

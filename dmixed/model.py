@@ -370,8 +370,8 @@ def lmer(
         ``"y ~ 1 + (1 | plate) + (1 | sample)"``
     data
         pandas or polars DataFrame, pyarrow Table or Dataset, Dask DataFrame, the path or URI of
-        Parquet data (file, directory, glob) or of a Delta table, a DeltaTable, or an Iceberg Table
-        or DataScan; only the columns used are read, once
+        Parquet data (file, directory, glob) or a list of them, or of a Delta table, a DeltaTable,
+        or an Iceberg Table or DataScan; only the columns used are read, once
     reml
         restricted maximum likelihood (else maximum likelihood)
     weights, offset

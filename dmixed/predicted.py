@@ -21,7 +21,7 @@ from dmixed.grouped import Grouped
 from dmixed.lookup import Errors, Lookup, make_errors, make_lookup, prior_covariance
 from dmixed.predictor import Predictor
 from dmixed.scoring import BlupTable, scoring
-from dmixed.sources import Source, open_source
+from dmixed.sources import Source, open_source, paths_of
 from dmixed.sources.daskframe import DaskSource
 from dmixed.sources.memory import MemorySource
 from dmixed.summary import quantile
@@ -245,7 +245,7 @@ class Predicted(Grouped):
     ) -> tuple[Source, Mapping[str, Any] | None]:
         """Source of the rows, and the options of the place that is written to."""
         uri = out is not None and "://" in str(out)
-        remote = isinstance(data, str | os.PathLike) and "://" in str(data)
+        remote = any("://" in path for path in paths_of(data))
         options = storage_options if uri else None
         if data is None:
             return self._rows_of_fit(), options

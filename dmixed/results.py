@@ -21,6 +21,7 @@ from dmixed.plots import Plots
 from dmixed.predicted import Predicted
 from dmixed.provenance import Origin, library_versions, states_of
 from dmixed.publication import PublicationColumn, publication_column
+from dmixed.sources import paths_of
 from dmixed.summary import Summary, summarise
 
 
@@ -30,7 +31,7 @@ def _now() -> str:
 
 def _called(data: Any) -> str:
     """What a report calls some rows."""
-    return str(data) if isinstance(data, str | os.PathLike) else "the rows that were given"
+    return ", ".join(paths_of(data)) or "the rows that were given"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

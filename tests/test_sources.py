@@ -925,6 +925,65 @@ class TestObjectStore:
         assert caught.value.__cause__ is None
 
 
+class TestLists:
+    """Several paths."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in ("b", "a", "more/c", "more/d"):
+            path = tmp_path / f"{name}.parquet"
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"y": [name]}), path)
+        return tmp_path
+
+    def names(self, *paths, **options):
+        return read(list(paths), ("y",), **options).column("y").to_pylist()
+
+    def test_files_folders_and_patterns_in_the_order_given(self, folder):
+        assert self.names(folder / "b.parquet", f"{folder}/a.parquet") == ["b", "a"]
+        found = self.names(folder / "more", str(folder / "a.parq*"), f"file://{folder}/b.parquet")
+        assert found == ["more/c", "more/d", "a", "b"]
+        assert self.names(folder / "more") == ["more/c", "more/d"]
+        assert open_source((folder / "a.parquet", folder / "more")).location == ""
+
+    def test_one_storage(self, folder):
+        fsspec = pytest.importorskip("fsspec").filesystem("memory")
+        for name in ("x", "z"):
+            with fsspec.open(f"/list/{name}.parquet", "wb") as file:
+                pq.write_table(pa.table({"y": [name]}), file)
+        assert self.names("memory://list/z.parquet", "memory://list/x.parquet") == ["z", "x"]
+        with pytest.raises(DataError, match=r"on different storages: the paths of a list must"):
+            open_source(["memory://list/z.parquet", str(folder / "a.parquet")])
+
+    def test_no_row_counts_twice(self, folder):
+        with pytest.raises(DataError, match=r"more/c\.parquet is twice in the list"):
+            open_source([folder / "more", folder / "more" / "c.parquet"])
+
+    def test_what_cannot_be_in_a_list(self, folder):
+        with pytest.raises(DataError, match=r"^the list of paths is empty$"):
+            open_source([])
+        with pytest.raises(DataError, match="the path is empty"):
+            open_source([folder / "a.parquet", ""])
+        with pytest.raises(DataError, match=r"data of type list cannot be read.*a list of paths"):
+            open_source([folder / "a.parquet", 1])
+        with pytest.raises(DataError, match=r"no Parquet file found at .*/none\.parquet"):
+            open_source([folder / "a.parquet", folder / "none.parquet"])
+        with pytest.raises(DataError, match="version= goes with a Delta table"):
+            open_source([folder / "a.parquet", folder / "b.parquet"], version=1)
+
+    def test_folders_that_are_columns_of_some_only(self, folder):
+        (folder / "year=2024").mkdir()
+        pq.write_table(pa.table({"y": ["e"]}), folder / "year=2024" / "e.parquet")
+        whole = open_source([folder / "year=2024", folder / "a.parquet"])
+        assert "year" not in whole.columns  # the folder itself is what was asked for
+        (folder / "all" / "year=2024").mkdir(parents=True)
+        pq.write_table(pa.table({"y": ["e"]}), folder / "all" / "year=2024" / "e.parquet")
+        some = [folder / "all", folder / "a.parquet"]
+        assert read(some, ("y",)).column("y").to_pylist() == ["e", "a"]
+        with pytest.raises(DataError, match=r"a\.parquet has no column 'year'"):
+            read(some, ("y", "year"))
+
+
 def as_kind(kind: str, data: pa.Table, folder: Path):
     """The table as data of some kind."""
     if kind == "pandas":

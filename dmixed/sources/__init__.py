@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -25,7 +25,7 @@ from dmixed.sources.base import (
     gathered,
     rows_per_part,
 )
-from dmixed.sources.files import DeltaFolder, find_files
+from dmixed.sources.files import DeltaFolder, FileSet, find_files, find_several
 from dmixed.sources.filters import Filter, make_filter, parse_filter
 from dmixed.sources.memory import arrow_source, pandas_source, polars_source
 from dmixed.sources.parquet import dataset_source, files_source
@@ -38,12 +38,13 @@ __all__ = [
     "load",
     "open_source",
     "parse_filter",
+    "paths_of",
     "stream",
 ]
 
 ACCEPTED = (
     "a pandas, polars or Dask DataFrame, a pyarrow Table or Dataset, a DeltaTable, an Iceberg "
-    "Table or DataScan, or the path or URI of Parquet files or of a Delta table"
+    "Table or DataScan, the path or URI of Parquet files or of a Delta table, or a list of paths"
 )
 
 
@@ -62,8 +63,8 @@ def open_source(
     data
         a pandas, polars or Dask DataFrame; a pyarrow Table, RecordBatch or Dataset; an object that
         exports an Arrow stream; a path or URI of Parquet: file, folder (with its sub-folders) or
-        pattern; the folder of a Delta table, or a ``deltalake.DeltaTable``; a pyiceberg ``Table``
-        or ``DataScan``
+        pattern, or a list of them, whose files must be on one storage; the folder of a Delta table,
+        or a ``deltalake.DeltaTable``; a pyiceberg ``Table`` or ``DataScan``
     storage_options
         for a path or URI: what fsspec's filesystem takes, as an endpoint or credentials
     filters
@@ -86,9 +87,12 @@ def open_source(
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
             raise DataError(f"{name}={value!r}: must be a whole number")
-    if isinstance(data, str | os.PathLike):
+    paths = paths_of(data)
+    if isinstance(data, list | tuple) and not data:
+        raise DataError("the list of paths is empty")
+    if paths:
         _refuse("the files of a path", snapshot=snapshot)
-        return _path_source(os.fspath(data), storage_options, wanted, version)
+        return _path_source(paths, storage_options, wanted, version)
     if storage_options:
         raise DataError("storage_options go with a path or URI, not with data in memory")
     package = type(data).__module__.partition(".")[0]
@@ -114,16 +118,27 @@ def open_source(
     return source
 
 
+def paths_of(data: Any) -> list[str]:
+    """Paths and URIs that data are given as; none for data that are not."""
+    given = data if isinstance(data, list | tuple) else [data]
+    if not all(isinstance(one, str | os.PathLike) for one in given):
+        return []
+    return [os.fspath(one) for one in given]
+
+
 def _path_source(
-    location: str,
+    paths: Sequence[str],
     storage_options: Mapping[str, Any] | None,
     wanted: Filter | None,
     version: int | None,
 ) -> Source:
-    """Source from a path or URI."""
-    if not location:
+    """Source from paths or URIs."""
+    if not all(paths):
         raise DataError('the path is empty; "." is the current folder')
-    found = find_files(location, storage_options)
+    if len(paths) > 1:
+        found: FileSet | DeltaFolder = find_several(paths, storage_options)
+    else:
+        found = find_files(paths[0], storage_options)
     if isinstance(found, DeltaFolder):
         from dmixed.sources.delta import folder_source
 

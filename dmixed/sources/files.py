@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -19,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from dmixed.errors import DataError
 from dmixed.sources.storages import BUCKETS, reason, redact
 
+THREADS = 16  # paths looked at at a time
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 _WILDCARD = re.compile(r"[*?[]")
 _OTHER_FORMATS = {
@@ -37,7 +41,7 @@ State: TypeAlias = tuple[int | None, str]
 
 @dataclass(frozen=True, slots=True)
 class FileSet:
-    """Parquet files in the order of their paths.
+    """Parquet files: of one location, in the order of their paths.
 
     Attributes
     ----------
@@ -52,7 +56,7 @@ class FileSet:
     states
         for each file, its size in bytes and etag or time of modification, as it was listed
     location
-        absolute path or URI, without credentials
+        absolute path or URI, without credentials; "" for several
     """
 
     filesystem: pa.fs.FileSystem
@@ -153,6 +157,44 @@ def find_files(
         "" if "://" in paths[0] else scheme,
         tuple(_state(entries[p]) for p in paths),
         redact(_absolute(location)),
+    )
+
+
+def find_several(
+    locations: Sequence[str], storage_options: Mapping[str, Any] | None = None
+) -> FileSet:
+    """Parquet files under several paths or URIs of one storage, in the order of the list.
+
+    Raises
+    ------
+    DataError
+        see `find_files`; they are not on one storage, or a file is there twice
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(partial(find_files, storage_options=storage_options), locations))
+    sets: list[FileSet] = []
+    for location, files in zip(locations, found, strict=True):
+        if isinstance(files, DeltaFolder):
+            raise DataError(f"{redact(location)} is a Delta table: it cannot be one of a list")
+        if not files.filesystem.equals(found[0].filesystem):
+            raise DataError(
+                f"{redact(locations[0])} and {redact(location)} are on different storages: "
+                "the paths of a list must be on one"
+            )
+        sets.append(files)
+    paths = [path for files in sets for path in files.paths]
+    twice = next((path for path, n in Counter(paths).items() if n > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{redact(sets[0].prefix + twice)} is twice in the list: its rows would count twice"
+        )
+    return FileSet(
+        sets[0].filesystem,
+        tuple(paths),
+        tuple(folder for files in sets for folder in files.folders),
+        sets[0].prefix,
+        tuple(state for files in sets for state in files.states),
+        "",
     )
 
 
