@@ -78,7 +78,9 @@ class CellMoments:
     @cached_property
     def summary(self) -> Summary:
         """All but what belongs to single cells: summed as if each shard were on a worker."""
-        totals = reduce(add, (shard.totals for shard in self.shards))
+        whole = _pieces(self.group, self.sizes or (self.n_cells,))
+        parts = (_pieces(shard, _parts(shard.n_groups)) for shard in whole)
+        totals = reduce(add, (reduce(add, (part.totals for part in own)) for own in parts))
         return Summary(self.spec, self.levels, totals, self.dropped)
 
     @property
@@ -87,10 +89,7 @@ class CellMoments:
 
         Of one shard, of neighbouring cells.
         """
-        sizes = self.sizes or _parts(self.n_cells)
-        ends = np.cumsum(sizes).tolist()
-        parts = [self.group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        return [parts[0], *map(without_totals, parts[1:])]
+        return _pieces(self.group, self.sizes or _parts(self.n_cells))
 
     def __add__(self, other: CellMoments) -> CellMoments:
         """Moments of both sets of rows; cells are aligned by label, columns by name."""
@@ -104,6 +103,13 @@ class CellMoments:
     def __radd__(self, other: int) -> CellMoments:
         """``0 + moments``, with which ``sum`` begins."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
+
+
+def _pieces(group: GroupMoments, sizes: Sequence[int]) -> list[GroupMoments]:
+    """Neighbouring cells, so many each; the first has the sums over all rows."""
+    ends = np.cumsum(sizes).tolist()
+    parts = [group.part(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [parts[0], *map(without_totals, parts[1:])]
 
 
 def _parts(n: int) -> list[int]:
@@ -274,7 +280,7 @@ def merge(parts: Sequence[CellMoments]) -> CellMoments:
                 f"{first.spec.formula.text!r} and {other.spec.formula.text!r}"
             )
     index = LabelIndex(first.labels.names)
-    codes = index.encode(keys.concatenate([part.labels for part in parts]).arrays)
+    codes = index.encode(keys.stacked([part.labels for part in parts]))
     positions = np.split(codes.astype(np.intp), np.cumsum([part.n_cells for part in parts[:-1]]))
     labels = index.labels
     group = combine([part.group for part in parts], positions, len(labels))

@@ -479,9 +479,9 @@ class MomentStore:
             what to do with files whose size or time of modification is not as it was: ``"error"``,
             or ``"replace"`` what their rows had added
         vanished
-            what to do with files that are gone from the folder: ``"keep"`` their rows, or
-            ``"error"``. Files of a table that are gone were rewritten, which is always an error:
-            their rows may be in new files
+            what to do with files that are gone from the folder or pattern: ``"keep"`` their rows,
+            or ``"error"``; of a list of files, or a Dataset, that cannot be told. Files of a table
+            that are gone were rewritten, which is always an error: their rows may be in new files
         client
             `distributed.Client` to run on; that of the store, or the current one by default
 
@@ -512,6 +512,11 @@ class MomentStore:
             return Appended(new, (), (), (), cells.nobs, cells.n_cells, dict(cells.dropped))
         if name is not None:
             raise DataError("name= is for rows that are in no file: files have names")
+        if vanished == "error" and not source.location:
+            raise DataError(
+                'vanished="error" goes with a folder, pattern or table: of a list of files, or a '
+                "Dataset, it cannot be told which are gone"
+            )
         found = compared(self.deltas, source)
         check_differences(found, source.kind, changed, vanished)
         wanted = {*found.new, *found.changed}
@@ -519,7 +524,7 @@ class MomentStore:
             return Appended((), found.same, (), found.vanished, 0, 0, {})
         kept, made = list(self.deltas), list[Delta]()
         if found.changed:
-            opener = Opener(None, storage_options, None)
+            opener = Opener(None if source.location else data, storage_options, filters)
             kept, made = without_files(directory, set(found.changed), opener, client)
         cells = directory.append(source.only(wanted), client, progress, None, kept, made)
         names = found.new, found.same, found.changed, found.vanished
@@ -544,8 +549,9 @@ class MomentStore:
         paths
             names of files as in `files`, or the ``name`` of rows that are in no file
         data, storage_options, filters
-            where to read the files again, by default the path at which they were found. That path
-            is the manifest's word: give ``data`` if you do not trust who wrote the store
+            where to read the files again, by default the path, folder or pattern at which they were
+            found; files of a list need ``data``. That path is the manifest's word: give ``data`` if
+            you do not trust who wrote the store
         client
             `distributed.Client` to run on
 

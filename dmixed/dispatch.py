@@ -160,7 +160,7 @@ def gather(client: Any, futures: Sequence[Any]) -> list[Any]:
 def _reached(client: Any) -> bool | None:
     """Whether workers can be asked for results: those that this process has started.
 
-    From others they come through the scheduler, unless the client was told otherwise.
+    From others they come as the client was told, through the scheduler by default.
     """
     from distributed import LocalCluster
 

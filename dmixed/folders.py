@@ -272,8 +272,8 @@ def lies_within(place: str, above: str) -> bool:
 
     Nothing is read where a part of the path begins with "_" or ".".
     """
-    outer = Folder.at(above).location.rstrip("/") + "/"
-    inner = Folder.at(place).location.rstrip("/") + "/"
+    outer = Folder.at(above.removeprefix("file://")).location.rstrip("/") + "/"
+    inner = Folder.at(place.removeprefix("file://")).location.rstrip("/") + "/"
     parts = inner.removeprefix(outer).split("/")
     return inner.startswith(outer) and not any(x[:1] in ("_", ".") for x in parts if x)
 

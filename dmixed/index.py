@@ -44,17 +44,12 @@ class LabelIndex:
     ----------
     names
         names of the key columns
-    labels
-        labels that have the first numbers already, in their order
     """
 
-    def __init__(self, names: Sequence[str], labels: Labels | None = None) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._columns = [_Column(name) for name in self.names]
         self._pairs = [_Integers(pa.int64()) for _ in self.names[1:]]
-        if labels is not None:
-            assert labels.names == self.names
-            self._start(labels)
 
     def __len__(self) -> int:
         """Labels met."""
@@ -88,22 +83,6 @@ class LabelIndex:
         return Labels(
             self.names, (array if codes is None else array.take(pa.array(codes)), *arrays)
         )
-
-    def _start(self, labels: Labels) -> None:
-        """Number labels in their own order."""
-        columns = zip(self._columns, labels.arrays, strict=True)
-        if not self._pairs:
-            next(columns)[0].start(labels.arrays[0])
-            return
-        codes = None
-        for j, (column, array) in enumerate(columns):
-            right = column.encode(array)
-            if codes is None:
-                codes = right
-            elif j < len(self._pairs):
-                codes = self._pairs[j - 1].encode(_joint(codes, right)[0])
-            else:
-                self._pairs[j - 1].start(_joint(codes, right)[0])
 
 
 def _joint(left: Codes, right: Codes) -> tuple[Whole, NDArray[np.bool_] | None]:
@@ -280,12 +259,13 @@ class _Integers:
         if held:
             low, high = min(low, self._low), max(high, self._low + held - 1)
         size = high - low + 1
+        if size == held:
+            return True
         if size > max(SMALL, SPARSE * max(self._n, len(values))):
             return False
-        if size > held:
-            table = np.full(size, -1, np.int32)
-            table[self._low - low : self._low - low + held] = self._table
-            self._low, self._table = low, table
+        table = np.full(size, -1, np.int32)
+        table[self._low - low : self._low - low + held] = self._table
+        self._low, self._table = low, table
         return True
 
     def _by_table(self, values: Whole) -> Codes:

@@ -139,11 +139,16 @@ def align(labels: Sequence[Labels]) -> tuple[Labels, list[Positions]]:
 
 def concatenate(labels: Sequence[Labels]) -> Labels:
     """Labels of several batches that have none in common, one after the other."""
+    return Labels(labels[0].names, stacked(labels))
+
+
+def stacked(labels: Sequence[Labels]) -> tuple[pa.Array, ...]:
+    """Key columns of several batches, each in one type, one batch after the other."""
     columns = []
     for j, name in enumerate(labels[0].names):
         arrays = one_type([x.arrays[j] for x in labels], name)
         columns.append(pa.concat_arrays(arrays))
-    return Labels(labels[0].names, tuple(columns))
+    return tuple(columns)
 
 
 def lookup(labels: Labels, queries: Labels) -> Positions:

@@ -123,7 +123,7 @@ def moments_html(moments: Any) -> str:
 
 
 def _source(state: Any) -> tuple[object, ...]:
-    return state.kind, state.location or "in memory", len(state.files)
+    return state.kind, state.place, len(state.files)
 
 
 def store_html(store: Any) -> str:

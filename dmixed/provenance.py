@@ -45,6 +45,14 @@ class SourceState:
     snapshot: str | None
     files: tuple[Fingerprint, ...]
 
+    @property
+    def place(self) -> str:
+        """Where the rows are, in words: of a list, or a Dataset, the first file stands for all."""
+        if self.location or not self.files:
+            return self.location or "in memory"
+        more = f" and {len(self.files) - 1:,} more" if len(self.files) > 1 else ""
+        return self.files[0].name + more
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:

@@ -58,16 +58,15 @@ class Opener:
         wanted = self.filters if condition is None else condition
         if self.data is not None:
             return open_source(self.data, self.options, filters=wanted)
-        several = [file.name for file in state.files] if state.kind == "parquet" else []
-        where: Any = state.location or several
-        if not where or state.kind == "iceberg":  # which a catalog opens
-            raise DataError(
-                f"data of kind {state.kind!r} cannot be found again from what is stored: pass data="
-            )
+        if not state.location or state.kind == "iceberg":  # which a catalog opens
+            what = f"data of kind {state.kind!r}"
+            if state.kind == "parquet":
+                what = f"a list of files such as {state.files[0].name}"
+            raise DataError(f"{what} cannot be found again from what is stored: pass data=")
         version = None
         if state.kind == "delta" and state.snapshot:
             version = int(state.snapshot.rpartition(" ")[2])
-        return open_source(where, self.options, filters=wanted, version=version)
+        return open_source(state.location, self.options, filters=wanted, version=version)
 
 
 # --------------------------------------------------------------------------- files

@@ -14,7 +14,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dmixed
-from dmixed import onelevel, planning, preparation
+from dmixed import cellmoments, onelevel, planning, preparation
 from dmixed.sources import base
 
 ROWS, GROUPS, PARTS = 12_000, 900, 24
@@ -102,6 +102,11 @@ def few_here() -> None:
     onelevel.MANY = FEW
 
 
+def many_parts(enough: int = 8) -> None:
+    """Shards of a worker in several parts."""
+    cellmoments.ENOUGH = enough
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(
@@ -150,6 +155,20 @@ def test_workers_find_what_threads_find(
     there = fit(case, folder, client=client, evaluate_on="workers")
     assert there._prepared.problem.factors.elsewhere is not None
     assert bits(there) == here
+
+
+def test_shards_of_several_parts(
+    client: Client, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker adds up part by part within its shards is added up so here."""
+    monkeypatch.setattr(planning, "WHOLE", 0)
+    monkeypatch.setattr(cellmoments, "ENOUGH", 8)
+    client.run(many_parts)
+    try:
+        there = fit("far", folder, client=client, evaluate_on="workers")
+    finally:
+        client.run(many_parts, 2**14)
+    assert bits(there) == bits(fit("far", folder))
 
 
 def test_a_dask_frame(client: Client, divided: bool) -> None:

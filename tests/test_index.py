@@ -112,42 +112,6 @@ def test_far_integers_after_close_ones():
     assert sorted(growing.labels.arrays[0].to_pylist()) == [-(2**62), 1, 2, 3, 2**62]
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        pa.array([5, 3, 9]),
-        pa.array([2**60, 3, -(2**60)]),
-        pa.array(["b", "a", "c"], pa.large_string()),
-        pa.array([0.5, 2.0, 1.5]),
-        pa.array([dt.date(2020, 1, 2), dt.date(2020, 1, 1), dt.date(1, 1, 1)]),
-    ],
-    ids=lambda c: str(c.type),
-)
-def test_labels_given_have_the_first_numbers(column):
-    given_ = keys.Labels(("g",), (column,))
-    growing = LabelIndex(["g"], given_)
-    assert growing.labels.arrays[0].equals(column)
-    assert growing.encode([column.take(pa.array([2, 0]))]).tolist() == [2, 0]
-
-
-def test_pairs_given_have_the_first_numbers():
-    given_ = keys.Labels(
-        ("a", "b", "c"),
-        (
-            pa.array(["y", "x", "y"], pa.large_string()),
-            pa.array([1, 1, 2]),
-            pa.array([True, True, False]),
-        ),
-    )
-    growing = LabelIndex(given_.names, given_)
-    assert growing.encode([a.take(pa.array([2, 0, 1])) for a in given_.arrays]).tolist() == [
-        2,
-        0,
-        1,
-    ]
-    assert [a.to_pylist() for a in growing.labels.arrays] == [a.to_pylist() for a in given_.arrays]
-
-
 def test_types_of_batches_are_joined():
     growing = LabelIndex(["g"])
     assert growing.encode([pa.nulls(2)]).tolist() == [-1, -1]
@@ -194,3 +158,13 @@ def test_hashes_are_those_of_every_other_day():
 
 
 TEXT_HASHES = [16294208416658607535, 10034071478597671375]
+
+
+def test_a_short_batch_keeps_the_table():
+    """What is allowed for a large batch is not taken away by the last one of a file."""
+    rng = np.random.default_rng(0)
+    values = rng.choice(rng.permutation(10**6)[:20_000], 150_000)
+    growing = LabelIndex(["g"])
+    growing.encode([pa.array(values[:131_072])])
+    growing.encode([pa.array(values[131_072:])])
+    assert growing._columns[0]._engine._parts is None

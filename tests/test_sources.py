@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import pickle
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -218,7 +219,7 @@ class TestColumns:
             np.array(["a", 1.5], dtype=object),
             np.array([True, 1], dtype=object),
             np.array([1, 2**64], dtype=object),
-            np.array([object()], dtype=object),
+            np.array([Ellipsis], dtype=object),
             np.array([1 + 2j]),
             pd.Categorical([1, "a"]),
         ],
@@ -946,11 +947,15 @@ class TestLists:
         assert self.names(folder / "more") == ["more/c", "more/d"]
         assert open_source((folder / "a.parquet", folder / "more")).location == ""
 
-    def test_one_storage(self, folder):
+    def test_one_storage(self, folder, monkeypatch):
         fsspec = pytest.importorskip("fsspec").filesystem("memory")
         for name in ("x", "z"):
             with fsspec.open(f"/list/{name}.parquet", "wb") as file:
                 pq.write_table(pa.table({"y": [name]}), file)
+        slow = type(fsspec).info
+        monkeypatch.setattr(  # long enough for several threads
+            type(fsspec), "info", lambda *args, **kw: (time.sleep(0.02), slow(*args, **kw))[1]
+        )
         assert self.names("memory://list/z.parquet", "memory://list/x.parquet") == ["z", "x"]
         with pytest.raises(DataError, match=r"on different storages: the paths of a list must"):
             open_source(["memory://list/z.parquet", str(folder / "a.parquet")])
@@ -958,6 +963,16 @@ class TestLists:
     def test_no_row_counts_twice(self, folder):
         with pytest.raises(DataError, match=r"more/c\.parquet is twice in the list"):
             open_source([folder / "more", folder / "more" / "c.parquet"])
+        (folder / "link").symlink_to(folder / "more")
+        (folder / "one.parquet").symlink_to(folder / "a.parquet")
+        for pair in (
+            [folder / "more", folder / "link"],
+            [folder / "a.parquet", folder / "one.parquet"],
+            [folder / "a.parquet", f"file://{folder}//a.parquet"],
+            [folder / "a.parquet", f"file://{folder}/more/../a.parquet"],
+        ):
+            with pytest.raises(DataError, match=r"its rows would count twice"):
+                open_source(pair)
 
     def test_what_cannot_be_in_a_list(self, folder):
         with pytest.raises(DataError, match=r"^the list of paths is empty$"):

@@ -1155,3 +1155,52 @@ def test_any_order(steps: list[str], seed: int, tmp_path: Path) -> None:
             store.compact()
         assert set(store.files) == set(there)
     assert_same_fit(store, days.rows(*there))
+
+
+class TestListsOfFiles:
+    """Stores of files that were given as a list, whose place is not known."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        rng = np.random.default_rng(3)
+        paths = [tmp_path / "data" / f"{name}.parquet" for name in "abcd"]
+        paths[0].parent.mkdir()
+        for path in paths:
+            g, x = rng.integers(0, 20, 200), rng.normal(size=200)
+            y = x + 0.3 * g + rng.normal(size=200)
+            pd.DataFrame({"y": y, "x": x, "g": g}).to_parquet(path)
+        return paths
+
+    def test_what_is_new_is_added_and_files_are_taken_out(self, files, tmp_path):
+        formula = "y ~ x + (1 | g)"
+        store = dmixed.collect(formula, files[:2]).save(tmp_path / "store")
+        added = store.append(files[1:])
+        assert (added.new, added.skipped) == (tuple(map(str, files[2:])), (str(files[1]),))
+        whole = dmixed.lmer(formula, files)
+        assert store.fit().llf == pytest.approx(whole.llf, abs=1e-9)
+        with pytest.raises(
+            DataError, match=r"a list of files such as .*a\.parquet cannot be found"
+        ):
+            store.remove(files[0])
+        store.remove(files[0], data=files)
+        assert store.fit().llf == pytest.approx(dmixed.lmer(formula, files[1:]).llf, abs=1e-9)
+
+    def test_what_is_gone_cannot_be_told(self, files, tmp_path):
+        store = dmixed.collect("y ~ x + (1 | g)", files).save(tmp_path / "store")
+        with pytest.raises(
+            DataError, match=r"^vanished=\"error\" goes with a folder, pattern or t"
+        ):
+            store.append(files[:2], vanished="error")
+        assert store.append(files[:2]).vanished == ()
+
+    def test_a_changed_file_is_replaced(self, files, tmp_path):
+        formula = "y ~ x + (1 | g)"
+        store = dmixed.collect(formula, files).save(tmp_path / "store")
+        pd.read_parquet(files[0]).iloc[:150].to_parquet(files[0])
+        assert store.append(files, changed="replace").changed == (str(files[0]),)
+        assert store.nobs == 750
+        assert store.fit().llf == pytest.approx(dmixed.lmer(formula, files).llf, abs=1e-9)
+
+    def test_where_they_are_is_shown(self, files):
+        moments = dmixed.collect("y ~ x + (1 | g)", files)
+        assert f"{files[0]} and 3 more" in moments._repr_html_()

@@ -108,7 +108,7 @@ FILTERS = [
 
 
 class TestFilters:
-    @pytest.mark.parametrize(("filters", "mask"), FILTERS, ids=str)
+    @pytest.mark.parametrize(("filters", "mask"), FILTERS, ids=range(len(FILTERS)))
     def test_rows_are_those_of_pandas(self, lake, filters, mask):
         path, frame = lake
         expected = frame[mask(frame)]
@@ -723,7 +723,7 @@ class TestIceberg:
         assert sum(p.rows for p in open_source(table).parts(["x"])) == len(states[1])
         assert all(len(pickle.dumps(p)) < 20_000 for p in open_source(table).parts(["x", "g"]))
 
-    @pytest.mark.parametrize(("filters", "mask"), FILTERS, ids=str)
+    @pytest.mark.parametrize(("filters", "mask"), FILTERS, ids=range(len(FILTERS)))
     def test_filters(self, iceberg, filters, mask):
         table, states, _ = iceberg
         kept = states[1][mask(states[1])]

@@ -77,7 +77,7 @@ def _source(state: SourceState) -> tuple[Any, ...]:
     size = "" if None in sizes or not sizes else sum(x or 0 for x in sizes)
     return (
         state.kind,
-        redact(state.location) or "in memory",
+        redact(state.place),
         state.rows_wanted or "none",
         state.snapshot or "",
         len(state.files),

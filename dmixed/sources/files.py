@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -118,6 +116,14 @@ def find_files(
         nothing is there, it cannot be reached, or it is not a collection of Parquet files
     """
     options = dict(storage_options or {})
+    return _listed(location, _storage(location, options), options)
+
+
+def _storage(location: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Filesystem of a path or URI, and the path on it.
+
+    Some filesystems of fsspec are others in other threads.
+    """
     shown = redact(location)
     _refuse_format(location, shown)
     try:
@@ -126,6 +132,13 @@ def find_files(
         raise DataError(f"no Parquet file found at {shown}; check the path") from None
     except Exception as error:  # each storage has errors of its own
         raise DataError(f"cannot reach {shown}: {reason(error, options)}") from None
+    return fs, root
+
+
+def _listed(
+    location: str, storage: tuple[Any, str], options: Mapping[str, Any]
+) -> FileSet | DeltaFolder:
+    (fs, root), shown = storage, redact(location)
     try:
         fs.invalidate_cache()  # fsspec would answer with what it listed earlier in this process
         listed = _list(fs, root)
@@ -170,24 +183,23 @@ def find_several(
     DataError
         see `find_files`; they are not on one storage, or a file is there twice
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(partial(find_files, storage_options=storage_options), locations))
-    sets: list[FileSet] = []
-    for location, files in zip(locations, found, strict=True):
-        if isinstance(files, DeltaFolder):
-            raise DataError(f"{redact(location)} is a Delta table: it cannot be one of a list")
-        if not files.filesystem.equals(found[0].filesystem):
+    options = dict(storage_options or {})
+    storages = [_storage(location, options) for location in locations]
+    for location, (fs, _) in zip(locations, storages, strict=True):
+        if fs != storages[0][0]:
             raise DataError(
                 f"{redact(locations[0])} and {redact(location)} are on different storages: "
                 "the paths of a list must be on one"
             )
-        sets.append(files)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(_listed, locations, storages, [options] * len(locations))
+        sets: list[FileSet] = []
+        for location, files in zip(locations, found, strict=True):
+            if isinstance(files, DeltaFolder):
+                raise DataError(f"{redact(location)} is a Delta table: it cannot be one of a list")
+            sets.append(files)
     paths = [path for files in sets for path in files.paths]
-    twice = next((path for path, n in Counter(paths).items() if n > 1), None)
-    if twice is not None:
-        raise DataError(
-            f"{redact(sets[0].prefix + twice)} is twice in the list: its rows would count twice"
-        )
+    _refuse_twice(paths, sets[0].prefix, isinstance(storages[0][0], LocalFileSystem))
     return FileSet(
         sets[0].filesystem,
         tuple(paths),
@@ -196,6 +208,17 @@ def find_several(
         tuple(state for files in sets for state in files.states),
         "",
     )
+
+
+def _refuse_twice(paths: Sequence[str], prefix: str, local: bool) -> None:
+    """Refuse a file that is there under two names, as links are, or under one."""
+    real = [os.path.realpath(path) for path in paths] if local else paths
+    first: dict[str, str] = {}
+    for path, file in zip(paths, real, strict=True):
+        other = first.setdefault(file, path)
+        if other is not path:
+            what = "twice in the list" if other == path else f"the same file as {other}"
+            raise DataError(f"{redact(prefix + path)} is {what}: its rows would count twice")
 
 
 def _refuse_format(location: str, shown: str) -> None:

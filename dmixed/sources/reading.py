@@ -214,7 +214,7 @@ def _scanned(piece: Piece, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
 def _decoded(piece: Piece, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
     """Rows through the Parquet reader, which decodes no more than it is asked for.
 
-    What fits into one table is fetched at once, the columns side by side.
+    What fits into one table is fetched at once, the columns side by side, unless it is on a disk.
     """
     local = isinstance(piece.place.filesystem, pyarrow.fs.LocalFileSystem)
     at_once = not local and piece.rows is not None and piece.rows <= size
