@@ -43,6 +43,7 @@ def table() -> pd.DataFrame:
             "y": 1 + x + rng.normal(size=GROUPS)[g] * (1 + 0.5 * x) + rng.normal(size=ROWS),
             "x": x,
             "far": 1e6 + level + x,
+            "tall": x + 10 * level + rng.normal(size=ROWS),
             "f": rng.choice(["a", "b", "c"], ROWS, p=[0.7, 0.29, 0.01]),
             "w": rng.uniform(0.5, 2.0, ROWS),
             "g": g,
@@ -164,11 +165,12 @@ def test_shards_of_several_parts(
     monkeypatch.setattr(planning, "WHOLE", 0)
     monkeypatch.setattr(cellmoments, "ENOUGH", 8)
     client.run(many_parts)
+    formula = "tall ~ x + (1 + x | g)"  # with references
     try:
-        there = fit("far", folder, client=client, evaluate_on="workers")
+        there = dmixed.lmer(formula, folder, client=client, evaluate_on="workers", progress=False)
     finally:
         client.run(many_parts, 2**14)
-    assert bits(there) == bits(fit("far", folder))
+    assert bits(there) == bits(dmixed.lmer(formula, folder, progress=False))
 
 
 def test_a_dask_frame(client: Client, divided: bool) -> None:
