@@ -277,7 +277,7 @@ def predict(
         typer.Option("--model", metavar="DIR", help="A fit that dmixed fit --save wrote."),
     ],
     data: Annotated[
-        str,
+        list[str],
         typer.Option("--data", metavar="URI", help="Parquet, as for dmixed fit."),
     ],
     out: Annotated[
@@ -319,7 +319,7 @@ def predict(
         connection(scheduler) as client,
     ):
         result = _loaded(model)
-        logger.info("predict: %s, of %s", data, result.formula)
+        logger.info("predict: %s, of %s", ", ".join(data), result.formula)
         with nullcontext() if client is None else client.as_current():
             result.predict(
                 data,

@@ -93,6 +93,17 @@ def test_options_reach_the_model(data: str, frame: pd.DataFrame, tmp_path: Path)
     assert found["fe_params"] == pytest.approx(expected.fe_params.to_dict(), rel=1e-6)
 
 
+def test_several_data(data: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+    halves = [str(tmp_path / f"{i}.parquet") for i in range(2)]
+    for path, rows in zip(halves, np.array_split(np.arange(len(frame)), 2), strict=True):
+        frame.iloc[rows].to_parquet(path)
+    both = fit(halves[0], "--data", halves[1], "--json")
+    assert both.exit_code == 0
+    whole, found = json.loads(fit(data, "--json").stdout), json.loads(both.stdout)
+    assert (found["llf"], found["nobs"]) == (pytest.approx(whole["llf"], abs=1e-9), 240)
+    assert "twice" in fit(data, "--data", data).stderr
+
+
 def test_out_holds_the_result_and_the_random_effects(data: str, tmp_path: Path) -> None:
     out = tmp_path / "new" / "fit"
     assert fit(data, "--out", out).exit_code == cli.Status.FITTED

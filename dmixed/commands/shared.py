@@ -93,12 +93,12 @@ class Vanished(StrEnum):
 
 
 Data = Annotated[
-    str,
+    list[str],
     typer.Option(
         "--data",
         metavar="URI",
         help="Parquet: a file, directory or glob, or a URI of one such as s3://bucket/path; "
-        "or the directory of a Delta table.",
+        "may be repeated. Or the directory of a Delta table.",
     ),
 ]
 
