@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dmixed.blocks import DesignBlock, Floats
 from dmixed.moments import GROUPS, GroupMoments, Index, csc_matvecs
+from dmixed.products import gram
 from dmixed.references import rounded
 from dmixed.whitening import matrix, places
 
@@ -140,16 +141,21 @@ class Accumulator:
             runs = _runs(group)
             F = self._recode(self.workspace.columns(block, rows, runs is not None))
             if block.weights is not None:
-                self.plain += np.dot(F.T, F)
+                self.plain += self._products(F, runs is not None)
             if block.references:
                 self._take_references(F[:, : len(self.columns)], group)
             if block.weights is not None:
                 F *= np.sqrt(block.weights[rows])[:, None]
-            self.FtF += np.dot(F.T, F)
+            self.FtF += self._products(F, runs is not None)
             if runs is None:
                 self._scatter(F, group, block.random)
             else:
                 self._scatter_runs(F, group, block.random, runs)
+
+    @staticmethod
+    def _products(F: Floats, by_column: bool) -> Floats:
+        """F'F (width, width)."""
+        return gram(F.T) if by_column else np.dot(F.T, F)
 
     def _recode(self, F: Floats) -> Floats:
         """``F S`` of some rows (m, k)."""

@@ -24,6 +24,7 @@ from dmixed.levels import Cells, Term, buckets, leaves_are_cells
 from dmixed.moments import GroupMoments, Totals
 from dmixed.nested import Bucket
 from dmixed.onelevel import GROUPS, OneLevel, merged, one_level_terms
+from dmixed.products import gram
 from dmixed.terms import ProfileTerms
 from dmixed.whitening import matrix, original
 
@@ -184,7 +185,7 @@ def _centred(moments: GroupMoments, start: int, stop: int) -> tuple[Floats, Floa
     if moments.reference is not None:
         T[0] += moments.reference[start:stop].T * root
     R[0] = T[0, random]
-    taken = np.dot(sums, sums.T)
+    taken = gram(sums)
     for a in range(1, r):
         column = random[a]
         T[a] = WtF[a] - s[column] / n * s
@@ -195,7 +196,7 @@ def _centred(moments: GroupMoments, start: int, stop: int) -> tuple[Floats, Floa
         inverse = np.divide(1.0, np.sqrt(np.where(ok, pivot, 1.0)), where=ok, out=np.zeros(g))
         T[a] *= inverse
         R[a, a:] = T[a, random[a:]]
-        taken += np.dot(T[a], T[a].T)
+        taken += gram(T[a])
     rank = int(np.count_nonzero(np.einsum("aag->ag", R)))
     rows = int(moments.counts[start:stop].sum())
     return R, T, Within(WtF.sum(axis=2), taken, rank, rows)

@@ -18,6 +18,7 @@ import numpy as np
 
 from dmixed.blocks import Floats
 from dmixed.covariance import Blocks
+from dmixed.products import gram
 from dmixed.terms import ProfileTerms
 
 GROUPS = 4096
@@ -134,7 +135,7 @@ def one_level_terms(
             logs *= part.times[first:last]
         logdet += 2.0 * float(logs.sum())
         for U_j in V[:, q:]:
-            UtU += np.dot(U_j, U_j.T)
+            UtU += gram(U_j)
         if order == 0:
             continue
         Y, U = V[:, :q], V[:, q:]
@@ -142,10 +143,10 @@ def one_level_terms(
         Q = np.einsum("tag,tkg->akg", Y, U).reshape(q * k, -1)
         own = P_g if part.times is None else P_g * part.times[first:last]
         P[rows, columns] += own.sum(axis=1)
-        QtQ += np.dot(Q, Q.T)
+        QtQ += gram(Q)
         if order == 1:
             continue
-        PP += np.dot(own, P_g.T)
+        PP += gram(P_g) if part.times is None else np.dot(own, P_g.T)
         for x in range(h):
             PQtQ[x] += np.dot(Q * P_g[x], Q.T)
     sums = _Sums(P + np.tril(P, -1).T, QtQ.reshape(q, k, q, k), PP, PQtQ.reshape(h, q, k, q, k))

@@ -8,6 +8,7 @@ import pytest
 
 import dmixed
 from dmixed import accumulation
+from dmixed.products import gram
 
 FORMULA = "y ~ x + z + f + (1 + x + z | g)"
 ROWS, GROUPS = 40_000, 300
@@ -59,3 +60,12 @@ def test_runs_of_a_group_that_come_again() -> None:
     expected, found = dmixed.lmer(FORMULA, rows), dmixed.lmer(FORMULA, rows.iloc[order])
     assert found.llf == pytest.approx(expected.llf, rel=1e-12)
     np.testing.assert_allclose(found.fe_params, expected.fe_params, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 100, 8192, 16_384])
+@pytest.mark.parametrize("k", [1, 2, 7, 8, 16, 17])
+def test_a_gram_matrix_is_the_same_either_way(k, n):
+    rows = np.random.default_rng(k).standard_normal((k, n))
+    found = gram(rows)
+    np.testing.assert_allclose(found, rows @ rows.T, rtol=1e-12, atol=1e-12 * n)
+    np.testing.assert_allclose(found, found.T, rtol=1e-13, atol=1e-13 * n)
