@@ -21,7 +21,7 @@ from dmixed.sources.storages import reason
 
 ONE_BATCH = 2**30  # rows; a row group is decoded into one array, which numpy can then share
 BUFFER = 2**22  # bytes of a column fetched at a time, where rows come in batches
-LOCAL = 2**18  # the same of a local file: they stay in the processor's cache
+LOCAL = 2**19  # the same of a local file: small, so that they stay in the processor's cache
 PEEK = 2**16  # rows looked through at a time for the first that are wanted
 
 
