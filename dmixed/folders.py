@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -268,14 +269,18 @@ class Folder:
 
 
 def lies_within(place: str, above: str) -> bool:
-    """Whether files of a directory would be read as those of another, or it is the same.
+    """Whether files of a directory would be read as those of another or of a pattern.
 
     Nothing is read where a part of the path begins with "_" or ".".
     """
-    outer = Folder.at(above.removeprefix("file://")).location.rstrip("/") + "/"
-    inner = Folder.at(place.removeprefix("file://")).location.rstrip("/") + "/"
-    parts = inner.removeprefix(outer).split("/")
-    return inner.startswith(outer) and not any(x[:1] in ("_", ".") for x in parts if x)
+    outer = Folder.at(above.removeprefix("file://")).location.rstrip("/").split("/")
+    inner = Folder.at(place.removeprefix("file://")).location.rstrip("/").split("/")
+    if "**" in outer:
+        outer = outer[: outer.index("**")]
+    pairs = list(zip(outer, inner, strict=False))
+    alike = len(inner) >= len(outer) and all(x == y or fnmatchcase(y, x) for x, y in pairs)
+    below = inner[next((i for i, (x, y) in enumerate(pairs) if x != y), len(outer)) :]
+    return alike and not any(x[:1] in ("_", ".") for x in below)
 
 
 def _answer(error: OSError) -> str:

@@ -27,7 +27,7 @@ import dmixed
 from dmixed import checkpoint, cli, model, planning
 from dmixed.cellmoments import CellMoments
 from dmixed.errors import DataError
-from dmixed.folders import Folder
+from dmixed.folders import Folder, lies_within
 from dmixed.formula import parse
 from dmixed.manifests import Manifest, manifest_name, read_manifest
 from dmixed.moments import GroupMoments
@@ -644,3 +644,26 @@ def test_a_directory_that_workers_do_not_see(client: Any, data: str) -> None:
     refused(place, data, "cannot use it: the directory is another one on",
             client=client, evaluate_on="workers")  # fmt: skip
     assert dmixed.lmer(FORMULA, data, client=client, checkpoint=place).converged
+
+
+@pytest.mark.parametrize(
+    ("place", "data", "expected"),
+    [
+        ("/d/ck", "/d", True),
+        ("/d", "/d", True),
+        ("/dd", "/d", False),
+        ("/d/_ck", "/d", False),
+        ("/d/ck", "/d/*", True),
+        ("/d/_ck/x", "/d/*", False),
+        ("/d/ck", "/d/*.parquet", False),
+        ("/d/ck", "/d/**/x.parquet", True),
+        ("/d/_a/ck", "/d/*/ck", False),
+        ("/d[1]/ck", "/d[1]", True),
+        ("s3://b/d/ck", "s3://b/d/*", True),
+        ("s3://c/d", "s3://b/d", False),
+        ("/d/ck", "file:///d", True),
+        ("file:///d/ck", "/d", True),
+    ],
+)
+def test_what_lies_among_the_data(place: str, data: str, expected: bool) -> None:
+    assert lies_within(place, data) is expected
