@@ -333,8 +333,9 @@ def _residuals(found: Residuals) -> Iterator[Finding]:
         yield Finding(
             "caution",
             "residuals",
-            f"{beyond:,} of {n:,} residuals are beyond {OUTLIER:g} standard deviations "
-            f"({expected:.1g} would be by chance); the largest is about {largest:.3g}.",
+            f"{beyond:,} of {n:,} residuals {'is' if beyond == 1 else 'are'} beyond {OUTLIER:g} "
+            f"standard deviations ({expected:.1g} would be by chance); the largest is about "
+            f"{largest:.3g}.",
             "look at result.plot.qq() and at these rows (augment()); correct errors of recording, "
             "or transform the response",
         )
