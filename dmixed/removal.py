@@ -60,7 +60,7 @@ class Opener:
             return open_source(self.data, self.options, filters=wanted)
         if not state.location or state.kind == "iceberg":  # which a catalog opens
             what = f"data of kind {state.kind!r}"
-            if state.kind == "parquet":
+            if state.kind == "parquet" and state.files:
                 what = f"a list of files such as {state.files[0].name}"
             raise DataError(f"{what} cannot be found again from what is stored: pass data=")
         version = None

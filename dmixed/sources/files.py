@@ -39,7 +39,7 @@ State: TypeAlias = tuple[int | None, str]
 
 @dataclass(frozen=True, slots=True)
 class FileSet:
-    """Parquet files: of one location, in the order of their paths.
+    """Parquet files, those of each location in the order of their paths.
 
     Attributes
     ----------
