@@ -44,7 +44,7 @@ class Evaluations(Protocol):
         """Criterion at a root of Psi, None where it is not defined."""
         ...
 
-    def near(self, at: Criterion, root: Floats, new: Floats) -> Criterion:
+    def near(self, at: Criterion, root: Floats, new: Floats) -> Criterion | None:
         """Criterion at a root ``new`` within `CLOSE` of another, from the criterion there."""
         ...
 
@@ -160,8 +160,9 @@ def minimize_rebased(
         last = decrement <= DECREMENT
         length = float(np.linalg.norm(step))
         root = point.moved(blocks, step)
-        if last and length <= CLOSE:
-            point = Point.of(blocks, objective.near(point.at, point.root, root), root)
+        near = objective.near(point.at, point.root, root) if last and length <= CLOSE else None
+        if near is not None:
+            point = Point.of(blocks, near, root)
             reason, success = "Newton decrement below tolerance", True
             break
         at = objective.at(root)

@@ -198,11 +198,17 @@ class Objective:
         self._keep(key, found)
         return found
 
-    def near(self, at: Criterion, root: Floats, new: Floats) -> Criterion:
-        """Criterion at a root next to another one, expanded from the criterion there."""
+    def near(self, at: Criterion, root: Floats, new: Floats) -> Criterion | None:
+        """Criterion at a root next to another one, expanded from the criterion there.
+
+        None where it is not defined.
+        """
         change = new @ new.T - root @ root.T
         step = np.array([change[a, b] for a, b in self.blocks.pairs])
-        found = self.criterion(at.terms.expanded(step))
+        try:
+            found = self.criterion(at.terms.expanded(step))
+        except np.linalg.LinAlgError:
+            return None
         self._keep(new.tobytes(), found)
         return found
 
